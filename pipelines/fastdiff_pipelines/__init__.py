@@ -1,0 +1,1 @@
+"""Ways to run a model: image stream, live session, batch job."""
