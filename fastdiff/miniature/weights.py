@@ -1,0 +1,75 @@
+"""The shipped weights: where they lie, how they are written, and how they become a pipeline."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from . import models
+
+FOLDER = Path(__file__).parent / "weights"
+
+
+def path(name: str = "mini-sd") -> Path:
+    """The folder of an embedded model, an ordinary diffusers folder.
+
+    Raises FileNotFoundError, naming the training command, where this model has not been trained.
+    """
+    folder = FOLDER / name
+    if not (folder / "model_index.json").exists():
+        known = sorted(p.parent.name for p in FOLDER.glob("*/model_index.json"))
+        raise FileNotFoundError(
+            f"no embedded model {name!r} (there are: {', '.join(known) or 'none'}); "
+            "train it with `python -m fastdiff.miniature.train autoencoder --images 300000`, then `mini-sd`"
+        )
+    return folder
+
+
+def load_autoencoder() -> AutoencoderTiny:
+    """The trained autoencoder in float32, with the scaling factor that gives latents unit variance."""
+    return AutoencoderTiny.from_pretrained(FOLDER / "mini-sd" / "vae", torch_dtype=torch.float32).eval()
+
+
+def load_into(name: str, module: nn.Module) -> bool:
+    """Fills a module being trained from the shipped weights; False where there are none."""
+    folder = FOLDER / "mini-sd"
+    parts = {"autoencoder": {"": "vae"}, "mini-sd": {"text_encoder": "text_encoder", "unet": "unet"}}[name]
+    for attribute, part in parts.items():
+        files = sorted((folder / part).glob("*.safetensors"))
+        if not files:
+            return False
+        target = getattr(module, attribute) if attribute else module
+        target.load_state_dict({key: value.float() for key, value in load_file(files[0]).items()}, strict=False)
+    return True
+
+
+def export(name: str, state: dict[str, Tensor]) -> None:
+    """Writes trained weights as float16 into the shipped folder, keeping the parts that are already there."""
+    (_export_autoencoder if name == "autoencoder" else _export_text_to_image)(state)
+
+
+@torch.inference_mode()
+def _latent_deviation(vae: AutoencoderTiny) -> float:
+    import numpy as np
+
+    from . import losses, world
+
+    rng = np.random.default_rng(2024)
+    return float(vae.encoder(losses.pixels([world.random_scene(rng) for _ in range(512)])).std())
+
+
+def _export_autoencoder(state: dict[str, Tensor]) -> None:
+    vae = models.autoencoder()
+    vae.load_state_dict(state)
+    vae.register_to_config(scaling_factor=1 / _latent_deviation(vae))
+    vae.half().save_pretrained(FOLDER / "mini-sd" / "vae")
+
+
+def _export_text_to_image(state: dict[str, Tensor]) -> None:
+    text, denoiser = models.text_encoder(), models.unet()
+    text.load_state_dict({key.removeprefix("text_encoder."): v for key, v in state.items() if key.startswith("text_")})
+    denoiser.load_state_dict({key.removeprefix("unet."): v for key, v in state.items() if key.startswith("unet.")})
+    pipe: StableDiffusionPipeline = models.pipeline(load_autoencoder(), text, denoiser)
+    pipe.to(torch.float16).save_pretrained(FOLDER / "mini-sd")
