@@ -1,0 +1,1 @@
+"""Which steps are taken: parameterisations, row-wise samplers, guidance."""
