@@ -61,7 +61,14 @@ def _fit(alpha: np.ndarray) -> tuple[str, float, float, float]:
 
 
 def _background(pixels: np.ndarray) -> str:
-    edge = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[:, :3].reshape(-1, 3), pixels[:, -3:].reshape(-1, 3)])
+    edge = np.concatenate(
+        [
+            pixels[:3].reshape(-1, 3),
+            pixels[-3:].reshape(-1, 3),
+            pixels[:, :3].reshape(-1, 3),
+            pixels[:, -3:].reshape(-1, 3),
+        ]
+    )
 
     def misfit(name: str) -> float:
         tones = np.array(BACKGROUNDS[name], np.float32)
@@ -136,7 +143,10 @@ def _pair(pixels: np.ndarray) -> dict[str, str]:
     horizontal = abs(dx) > abs(dy)
     if (dx if horizontal else dy) < 0:
         names.reverse()
-    return found | {"colours": " ".join(sorted(names)), "relation": (" left of " if horizontal else " above ").join(names)}
+    return found | {
+        "colours": " ".join(sorted(names)),
+        "relation": (" left of " if horizontal else " above ").join(names),
+    }
 
 
 def _landscape(pixels: np.ndarray) -> dict[str, str]:
@@ -176,7 +186,10 @@ def score(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, np
     keys = sorted({key for truth in truths for key in truth})
     return {
         key: np.array(
-            [float(seen.get(key) == truth[key]) if key in truth else np.nan for seen, truth in zip(found, truths, strict=True)]
+            [
+                float(seen.get(key) == truth[key]) if key in truth else np.nan
+                for seen, truth in zip(found, truths, strict=True)
+            ]
         )
         for key in keys
     }

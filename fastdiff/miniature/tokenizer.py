@@ -47,5 +47,11 @@ def build() -> CLIPTokenizer:
     tokens = list(dict.fromkeys([*singles, *(left + right for left, right in merges), START, END]))
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return CLIPTokenizer(
-        vocab=vocabulary, merges=merges, model_max_length=LENGTH, bos_token=START, eos_token=END, unk_token=END, pad_token=END
+        vocab=vocabulary,
+        merges=merges,
+        model_max_length=LENGTH,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
     )

@@ -87,7 +87,12 @@ def _checkpoint(run: Run) -> Path:
 def _save(run: Run, step: int, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> None:
     path = _checkpoint(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"step": step, "module": module.state_dict(), "average": average.values, "optimizer": optimizer.state_dict()}
+    state = {
+        "step": step,
+        "module": module.state_dict(),
+        "average": average.values,
+        "optimizer": optimizer.state_dict(),
+    }
     torch.save(state, path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)
 

@@ -102,7 +102,7 @@ class Scene:
 
     @property
     def kind(self) -> str:
-        """"object", "pair", "moving" or "landscape"."""
+        """ "object", "pair", "moving" or "landscape"."""
         if self.landscape:
             return "landscape"
         if self.motion:
@@ -235,6 +235,18 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, drop: float = 
 def vocabulary() -> tuple[str, ...]:
     """Every word a caption can hold, sorted."""
     words = {"a", "on", "the", "in", "at", "of", "with", "sun", "moon", "moving", "background", "above", "below"}
-    for names in (SHAPES, COLOURS, BACKGROUNDS, TEXTURES, SIZES, POSITIONS, LANDMARKS, GROUNDS, TIMES, DIRECTIONS, PACES):
+    for names in (
+        SHAPES,
+        COLOURS,
+        BACKGROUNDS,
+        TEXTURES,
+        SIZES,
+        POSITIONS,
+        LANDMARKS,
+        GROUNDS,
+        TIMES,
+        DIRECTIONS,
+        PACES,
+    ):
         words |= set(names)
     return tuple(sorted(words))
