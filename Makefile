@@ -35,7 +35,7 @@ bench: $(READY)
 	@$(PYTHON_IN) -m fastdiff_app.cli bench $(NAME) --json benchmarks/results/$(NAME).json
 
 peers: $(READY)
-	@$(PYTHON_IN) -m benchmarks.peers.make
+	@$(PYTHON_IN) -m benchmarks.peers.environments
 
 readme: $(READY)
 	@$(PYTHON_IN) -m benchmarks.readme

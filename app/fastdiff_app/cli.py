@@ -1,0 +1,234 @@
+"""The command line. Every command says in one line what went wrong, and its exit status says it to scripts."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fastdiff
+from fastdiff_app.failures import REMEDY, ExitCode, Failure, one_line
+
+app = typer.Typer(
+    name="fastdiff",
+    help="Faster diffusers pipelines, with the price in quality measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str | None, typer.Option(help="A hub id or a folder; the embedded miniature where not given.")]
+PlanOption = Annotated[str | None, typer.Option("--plan", help="exact, balanced, fast, none, or a plan file.")]
+Compile = Annotated[
+    bool | None, typer.Option("--compile/--no-compile", help="Compile even on a CPU, or never; else as the plan says.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail when an acceleration of the plan does not engage.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+Size = Annotated[str | None, typer.Option(help="512 or WIDTHxHEIGHT; the model's own where not given.")]
+Negative = Annotated[str, typer.Option(help="What should not be there.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+Guidance = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastdiff {fastdiff.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    prompt: str,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file.")],
+    seed: Seed = 0,
+    steps: Steps = 25,
+    guidance: Guidance = 5.0,
+    size: Size = None,
+    negative: Negative = "",
+    image: Annotated[Path | None, typer.Option(help="Start from this picture (image to image).")] = None,
+    strength: Annotated[float, typer.Option(help="With --image: how much may change, above 0 up to 1.")] = 0.5,
+    model: Model = None,
+    plan: PlanOption = None,
+    compile: Compile = None,
+    strict: Strict = False,
+) -> None:
+    """Make one picture."""
+    from fastdiff_app import images
+    from fastdiff_app.generate import Settings
+    from fastdiff_app.generate import generate as run
+
+    settings = Settings(prompt, negative, seed, steps, guidance, images.parse_size(size), image, strength)
+    run(settings, output, model, plan, compile, strict)
+
+
+@app.command()
+def stream(
+    input: Annotated[Path | None, typer.Option("--input", "-i", help="A video file.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the video should become.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A .mp4, .mkv or .mov file.")] = None,
+    json: JsonFile = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet to this picture.")] = None,
+    steps: Steps = 4,
+    strength: Annotated[float, typer.Option(help="How much may change, above 0 up to 1.")] = 0.5,
+    guidance: Annotated[str, typer.Option(help="none, full, self or onetime.")] = "none",
+    guidance_scale: Annotated[float, typer.Option(help="Its scale.")] = 1.0,
+    sampler: Annotated[str, typer.Option(help="lcm, tcd, ddim, dpm or euler (flow matching).")] = "lcm",
+    noise: Annotated[str, typer.Option(help="fixed, fresh or blended.")] = "fixed",
+    frame_buffer: Annotated[int, typer.Option(help="Frames that enter together.")] = 1,
+    seed: Seed = 0,
+    negative: Negative = "",
+    size: Size = None,
+    frames: Annotated[int | None, typer.Option(help="Stop after so many frames.")] = None,
+    baseline: Annotated[int, typer.Option(help="Also run plain diffusers on so many of the frames, and compare.")] = 0,
+    model: Model = None,
+    plan: PlanOption = None,
+    compile: Compile = None,
+    strict: Strict = False,
+    demo: Annotated[bool, typer.Option("--demo", help="Draw a clip into out/ and compare on it.")] = False,
+) -> None:
+    """Turn a video into another, frame by frame, as fast as this machine can."""
+    from fastdiff_app import images
+    from fastdiff_app.stream import StreamJob, draw_demo
+    from fastdiff_app.stream import stream as run
+
+    for wrong, what in (
+        (not 1 <= steps <= 50, f"--steps must be from 1 to 50, not {steps}"),
+        (not 0 < strength <= 1, f"--strength must be above 0 and at most 1, not {strength}"),
+        (not 0 <= guidance_scale <= 100, f"--guidance-scale must be from 0 to 100, not {guidance_scale}"),
+        (not 1 <= frame_buffer <= 64, f"--frame-buffer must be from 1 to 64, not {frame_buffer}"),
+        (frames is not None and frames < 1, f"--frames must be at least 1, not {frames}"),
+        (baseline < 0, f"--baseline must not be negative, not {baseline}"),
+    ):
+        if wrong:
+            raise Failure(ExitCode.USAGE, what)
+    common: dict[str, Any] = dict(
+        steps=steps,
+        strength=strength,
+        guidance=guidance,
+        guidance_scale=guidance_scale,
+        sampler=sampler,
+        noise=noise,
+        frame_buffer=frame_buffer,
+        seed=seed,
+        negative=negative,
+        size=images.parse_size(size),
+        model=model,
+        plan=plan,
+        compile=compile,
+        strict=strict,
+        most_frames=frames,
+    )
+    if demo:
+        if any(value is not None for value in (input, prompt, output, json, sheet)):
+            raise Failure(ExitCode.USAGE, "--demo brings its own clip, prompt and files; leave the others out")
+        job, truth = draw_demo(baseline, common)
+        run(job, truth)
+        return
+    if input is None or prompt is None or output is None:
+        raise Failure(ExitCode.USAGE, "--input, --prompt and --output are needed (or --demo)")
+    if not prompt.strip():
+        raise Failure(ExitCode.USAGE, "the prompt is empty")
+    run(StreamJob(input, prompt, output, json, sheet, baseline=baseline, **common))
+
+
+@app.command()
+def batch(
+    jobs: Annotated[Path, typer.Argument(help="One prompt a line, or one JSON object a line with prompt, seed, ...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")],
+    seed: Seed = 0,
+    steps: Steps = 25,
+    guidance: Guidance = 5.0,
+    size: Size = None,
+    negative: Negative = "",
+    model: Model = None,
+    plan: PlanOption = None,
+    compile: Compile = None,
+) -> None:
+    """Make many pictures; those that are there already are not made again."""
+    from fastdiff_app import images
+    from fastdiff_app.batch import batch as run
+    from fastdiff_app.generate import Settings
+
+    defaults = Settings("-", negative, seed, steps, guidance, images.parse_size(size))
+    run(jobs, output, defaults, model, plan, compile)
+
+
+@app.command()
+def doctor(model: Model = None) -> None:
+    """Say what is installed, what is missing, and what can be accelerated here."""
+    from fastdiff_app.doctor import doctor as run
+
+    run(model)
+
+
+@app.command()
+def warmup(
+    shapes: Annotated[str, typer.Option(help="Comma-separated sizes, as in 512,768x512.")],
+    guidance: Guidance = 5.0,
+    model: Model = None,
+    plan: PlanOption = None,
+) -> None:
+    """Compile for these sizes now, so that later runs start fast."""
+    from fastdiff_app.warmup import warmup as run
+
+    run(shapes, model, plan, guidance)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark: stream, miniature, gpu, ...")],
+    json: JsonFile = None,
+    full: Annotated[bool, typer.Option("--full", help="Take longer and measure more.")] = False,
+    only: Annotated[str | None, typer.Option(help="With gpu: one suite only.")] = None,
+) -> None:
+    """Measure, and write down on what."""
+    from fastdiff_app.bench import bench as run
+
+    run(name, json, full, only)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Runs the program and returns its exit status; nothing a user can cause shows a traceback."""
+    try:
+        status = app(arguments, prog_name="fastdiff", standalone_mode=False)
+        return status if isinstance(status, int) else ExitCode.OK
+    except Failure as failure:
+        return _say(str(failure), failure.code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "a package").split(".")[0]
+        remedy = REMEDY if package == "torch" else f"python -m pip install {package}"
+        return _say(f"this needs {package}, which is not installed; install it with: {remedy}", ExitCode.MISSING)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", ExitCode.INTERRUPTED)
+    except Exception as error:
+        # usage errors of typer, old and new, know their own exit code
+        if callable(format_message := getattr(error, "format_message", None)):
+            return _say(f"{format_message()} (see fastdiff --help)", ExitCode(getattr(error, "exit_code", 2)))
+        if os.environ.get("FASTDIFF_TRACEBACK"):
+            raise
+        hint = "this should not happen; FASTDIFF_TRACEBACK=1 shows where"
+        return _say(f"{type(error).__name__}: {one_line(error)} ({hint})", ExitCode.BUG)
+
+
+def _say(message: str, code: ExitCode) -> int:
+    print(f"fastdiff: {message}", file=sys.stderr)
+    return int(code)
+
+
+def main() -> None:
+    """The installed program."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What the user sees while something runs: progress on stderr, results on stdout."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fastdiff_app.record import Record
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
+class _Rate(ProgressColumn):
+    """Finished pieces per second."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} {self.unit}")
+
+
+def progress(unit: str = "fps") -> Progress:
+    """A bar with count, rate and remaining time; where stderr is no terminal, only its last state is printed."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(),
+        console=err,
+        transient=not err.is_terminal,
+    )
+
+
+def table(record: Record, metrics: tuple[str, ...] = ()) -> Table:
+    """The rows of a record; `metrics` names the quality figures shown, all of them where empty."""
+    shown = metrics or tuple(dict.fromkeys(name for row in record.rows for name in row.quality))
+    grid = Table(title=record.name, title_justify="left")
+    grid.add_column("method")
+    for heading in ("ms", "times faster", *(name.replace("_", " ") for name in shown)):
+        grid.add_column(heading, justify="right")
+    if any(row.note for row in record.rows):
+        grid.add_column("note", overflow="fold")
+    for row in record.rows:
+        cells = [
+            "" if row.ms_median is None else f"{row.ms_median:.1f}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            *(number(row.quality[name].value) if name in row.quality else "" for name in shown),
+        ]
+        grid.add_row(row.method, *cells, *([row.note] if len(grid.columns) > len(cells) + 1 else []))
+    return grid
+
+
+def number(value: float) -> str:
+    """A figure with as many digits as one reads."""
+    if value == 0 or 0.001 <= abs(value) < 1000:
+        return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.1e}" if abs(value) < 0.001 else f"{value:.0f}"

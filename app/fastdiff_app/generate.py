@@ -1,0 +1,101 @@
+"""`fastdiff generate`: one picture from words, or from words and a picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from fastdiff_app import images
+from fastdiff_app.console import err
+from fastdiff_app.engine import accelerated, load_pipeline, read_plan
+from fastdiff_app.failures import ExitCode, Failure, one_line
+from fastdiff_app.methods import check_finite, to_bytes
+from fastdiff_app.outputs import check_writable
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything one picture depends on; `size` is (height, width) or None for the model's own."""
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 5.0
+    size: tuple[int, int] | None = None
+    image: Path | None = None
+    strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        for wrong, what in (
+            (not self.prompt.strip(), "the prompt is empty"),
+            (not 1 <= self.steps <= 1000, f"steps must be from 1 to 1000, not {self.steps}"),
+            (not 0 <= self.guidance <= 100, f"guidance must be from 0 to 100, not {self.guidance}"),
+            (not 0 < self.strength <= 1, f"strength must be above 0 and at most 1, not {self.strength}"),
+            (int(self.steps * self.strength) < 1 and self.image is not None, "steps times strength must reach 1"),
+            (not 0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}"),
+        ):
+            if wrong:
+                raise Failure(ExitCode.USAGE, what)
+
+    def arguments(self, pipe: Any) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call."""
+        import torch
+
+        found: dict[str, Any] = {
+            "prompt": self.prompt,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "generator": torch.Generator("cpu").manual_seed(self.seed),
+            "output_type": "np",
+        }
+        if self.negative:
+            found["negative_prompt"] = self.negative
+        if self.image is not None:
+            picture = images.read_image(self.image)
+            height, width = self.size or native_size(pipe)
+            found |= {"image": images.fitted(picture, height, width), "strength": self.strength}
+        elif self.size:
+            found["height"], found["width"] = self.size
+        return found
+
+
+def native_size(pipe: Any) -> tuple[int, int]:
+    """(height, width) a pipeline was made for."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    sample = getattr(getattr(denoiser, "config", None), "sample_size", None) or 64
+    side = (sample if isinstance(sample, int) else sample[0]) * getattr(pipe, "vae_scale_factor", 8)
+    return side, side
+
+
+def picture(pipe: Any, settings: Settings) -> Any:
+    """Runs the pipeline once: uint8 [H, W, 3], or `Failure` when the model gives NaN or refuses the settings."""
+    try:
+        made = pipe(**settings.arguments(pipe)).images[0]
+    except (ValueError, TypeError) as error:
+        raise Failure(ExitCode.USAGE, f"the model refuses these settings: {one_line(error)}") from error
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+            raise Failure(ExitCode.MODEL, f"out of memory; take a smaller --size ({one_line(error)})") from error
+        raise
+    check_finite(made, "the picture")
+    return to_bytes(made)
+
+
+def generate(
+    settings: Settings, output: Path, model: str | None, plan_text: str | None, compile: bool | None, strict: bool
+) -> None:
+    """Writes one picture and says on stderr what was engaged."""
+    check_writable(output, images.SUFFIXES)
+    if settings.image is not None:
+        images.read_image(settings.image)
+    plan = read_plan(plan_text, compile)
+    pipe = load_pipeline(model, "text-to-image" if settings.image is None else "image-to-image")
+    with accelerated(pipe, plan, strict) as handle:
+        start = perf_counter()
+        made = picture(pipe, settings)
+        seconds = perf_counter() - start
+        err.print(str(handle.report()), markup=False)
+    about = {"prompt": settings.prompt, "seed": settings.seed, "steps": settings.steps, "guidance": settings.guidance}
+    images.write_image(output, made, about | {"model": model or "mini-sd", "plan": plan.to_json()})
+    err.print(f"{output} in {seconds:.2f} s", markup=False)
