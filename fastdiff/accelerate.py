@@ -93,7 +93,8 @@ class Handle:
         for one, hooks in self._layers:
             counter = hooks.counter
             counts = (counter.seen, counter.accelerated, counter.held())
-            rows[one] = Row(*_head(one), "active", *counts, tuple(counter.misses), tuple(counter.notes))
+            notes = tuple(filter(None, (*counter.notes, counter.describe())))
+            rows[one] = Row(*_head(one), "active", *counts, tuple(counter.misses), notes)
         for one, reason in self._skipped:
             rows[one] = Row(*_head(one), "skipped", notes=(reason,))
         return Report(tuple(rows[one] for one in self.plan if one in rows), self._finished)

@@ -10,12 +10,13 @@ import copy
 import functools
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-_MISSING = object()
+MISSING = object()
 _open_requests: ContextVar[tuple["Request", ...]] = ContextVar("fastdiff_open_requests", default=())
 
 
@@ -33,13 +34,17 @@ class Request:
     Attributes:
         pipe: the pipeline object that runs this request (a private copy when requests overlap), None if unknown.
         call: True when the request is a call of the pipeline, False when it was opened explicitly.
+        stray: True for a denoiser call outside of any request, which has a request to itself and is not reported.
         branch: which guidance branch the denoiser is being called for, set by whoever knows.
         tally: per acceleration name, `[calls seen, calls accelerated]` of this request.
         misses: what should have engaged in this request and did not.
     """
 
-    def __init__(self, requests: "Requests", pipe: Any = None, call: bool = False, keep: bool = False):
+    def __init__(
+        self, requests: "Requests", pipe: Any = None, call: bool = False, keep: bool = False, stray: bool = False
+    ):
         self.requests = requests
+        self.stray = stray
         self.pipe = pipe
         self.call = call
         self.keep = keep
@@ -59,9 +64,10 @@ class Request:
             self._states[key] = factory()
         return self._states[key]
 
-    def states(self, prefix: Hashable) -> list[Any]:
-        """Return every state whose key is a tuple that begins with `prefix`."""
-        return [state for key, state in self._states.items() if isinstance(key, tuple) and key[:1] == (prefix,)]
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the tensors in this request's states."""
+        return _tensor_bytes(list(self._states.values()), depth=4)
 
     def __enter__(self) -> "Request":
         if self.closed:
@@ -80,10 +86,24 @@ class Request:
         if self.closed:
             return
         self.closed = True
-        try:
+        self._states.clear()
+        if not self.stray:
             self.requests.finished(self, failed)
-        finally:
-            self._states.clear()
+
+
+def _tensor_bytes(value: Any, depth: int) -> int:
+    """Bytes of the tensors in nested containers and plain objects, looked into `depth` levels deep."""
+    if hasattr(value, "nbytes"):
+        return value.nbytes
+    if depth == 0:
+        return 0
+    if isinstance(value, dict):
+        inside = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        inside = value
+    else:
+        inside = list(getattr(value, "__dict__", {}).values())
+    return sum(_tensor_bytes(item, depth - 1) for item in inside)
 
 
 def _twin(pipe: Any) -> Any:
@@ -102,10 +122,18 @@ class Requests:
         self._lock = threading.Lock()
         self._calls: list[Request] = []
         self._finished = finished
+        self._open: weakref.WeakSet[Request] = weakref.WeakSet()
 
-    def open(self, keep: bool = False) -> Request:
+    def open(self, keep: bool = False, stray: bool = False) -> Request:
         """Open a request explicitly; enter it with `with`."""
-        return Request(self, keep=keep)
+        request = Request(self, keep=keep, stray=stray)
+        self._open.add(request)
+        return request
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes that all open requests hold."""
+        return sum(request.bytes_held for request in list(self._open))
 
     def open_call(self, pipe: Any) -> Request:
         """Open the request of one call of the pipeline.
@@ -118,6 +146,7 @@ class Requests:
             if any(other.pipe is pipe for other in self._calls):
                 request.pipe = _twin(pipe)
             self._calls.append(request)
+        self._open.add(request)
         return request
 
     def finished(self, request: Request, failed: bool) -> None:
@@ -145,6 +174,7 @@ class Counter:
         self.misses: list[str] = []
         self.notes: list[str] = []
         self.held: Callable[[], int] = lambda: 0
+        self.describe: Callable[[], str] = lambda: ""
         # what a finished request must have shown: "engaged" (a call accelerated), "seen" (a call seen) or "nothing"
         self.expects = "engaged"
         self._requests = requests
@@ -221,11 +251,11 @@ class _Change:
 
     def put(self, value: Any) -> None:
         if not isinstance(self.owner, type):
-            if value is _MISSING:
+            if value is MISSING:
                 self.store.pop(self.attribute, None)
             else:
                 self.store[self.attribute] = value
-        elif value is _MISSING:
+        elif value is MISSING:
             delattr(self.owner, self.attribute)
         else:
             setattr(self.owner, self.attribute, value)
@@ -247,10 +277,22 @@ class Hooks:
 
     def set(self, owner: Any, attribute: str, value: Any) -> None:
         """Set an instance attribute (or a submodule of a `torch.nn.Module`) and remember what was there."""
-        change = _Change(owner, attribute, value, _MISSING)
-        change.before = change.store.get(attribute, _MISSING)
+        change = _Change(owner, attribute, value, MISSING)
+        change.before = change.store.get(attribute, MISSING)
         change.put(value)
         self._done.append(change)
+
+    def swap(self, pipe: Any, name: str, component: Any, also: tuple[str, ...] = ()) -> None:
+        """Set a component the pipeline's own way, remembering it and the attributes `also` that this writes to."""
+        changes = [_Change(pipe, attribute, None, pipe.__dict__.get(attribute, MISSING)) for attribute in (*also, name)]
+        setattr(pipe, name, component)
+        for change in changes:
+            change.value = pipe.__dict__.get(change.attribute, MISSING)
+        self._done += changes
+
+    def adopt(self, owner: Any, attribute: str, before: Any) -> None:
+        """Record an attribute that somebody else has set; `before` is what was there, `MISSING` if nothing."""
+        self._done.append(_Change(owner, attribute, owner.__dict__.get(attribute, MISSING), before))
 
     def wrap(self, owner: Any, method: str, around: Callable) -> Wrapped:
         """Put `around(inner, *args, **kwargs)` in the place of `owner.method`, for this instance only."""
@@ -296,7 +338,7 @@ def check_on_top(layers: list[Hooks]) -> None:
         for change in reversed(layer._done):
             if not isinstance(change, _Change):
                 continue
-            if now.get(change.place, change.store.get(change.attribute, _MISSING)) is not change.value:
+            if now.get(change.place, change.store.get(change.attribute, MISSING)) is not change.value:
                 raise RemovalOrder(
                     f"{type(change.owner).__name__}.{change.attribute} was changed again after {layer.name} had "
                     "changed it; undo the later change first, then remove this. Nothing was removed."
