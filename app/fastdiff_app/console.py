@@ -1,13 +1,18 @@
 """What the user sees while something runs: progress on stderr, results on stdout."""
 
-from rich.console import Console
+import sys
+
+from rich import box
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from fastdiff_app.record import Record
 
-out = Console(highlight=False, soft_wrap=True)
+# tables piped into a file or a log are not folded
+WIDE = 200
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 err = Console(highlight=False, soft_wrap=True, stderr=True)
 
 
@@ -36,23 +41,25 @@ def progress(unit: str = "fps") -> Progress:
     )
 
 
-def table(record: Record, metrics: tuple[str, ...] = ()) -> Table:
-    """The rows of a record; `metrics` names the quality figures shown, all of them where empty."""
-    shown = metrics or tuple(dict.fromkeys(name for row in record.rows for name in row.quality))
-    grid = Table(title=record.name, title_justify="left")
-    grid.add_column("method")
-    for heading in ("ms", "times faster", *(name.replace("_", " ") for name in shown)):
-        grid.add_column(heading, justify="right")
-    if any(row.note for row in record.rows):
-        grid.add_column("note", overflow="fold")
+SHORT = {"first_frame_ms": "first ms", "max_abs_difference": "max diff"}
+
+
+def table(record: Record) -> Group:
+    """The rows of a record with every figure they hold, and their notes beneath."""
+    shown = dict.fromkeys(name for row in record.rows for name in row.quality)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("method", no_wrap=True)
+    for heading in ("ms", "times faster", *(SHORT.get(name, name.replace("_", " ")) for name in shown)):
+        grid.add_column(heading, justify="right", no_wrap=True)
     for row in record.rows:
-        cells = [
+        grid.add_row(
+            row.method,
             "" if row.ms_median is None else f"{row.ms_median:.1f}",
             "" if row.ratio is None else f"{row.ratio:.2f}",
             *(number(row.quality[name].value) if name in row.quality else "" for name in shown),
-        ]
-        grid.add_row(row.method, *cells, *([row.note] if len(grid.columns) > len(cells) + 1 else []))
-    return grid
+        )
+    notes = [Text(f"{row.method}: {row.note}") for row in record.rows if row.note]
+    return Group(grid, *notes)
 
 
 def number(value: float) -> str:

@@ -19,7 +19,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
+    if len(parts) not in (1, 2) or not all(part.isascii() and part.isdecimal() for part in parts):
         raise Failure(ExitCode.USAGE, f"--size {text!r} is not a size: write 512 or WIDTHxHEIGHT, as in 768x512")
     width, height = int(parts[0]), int(parts[-1])
     for side in (width, height):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastdiff_app.failures import ExitCode, Failure
+from fastdiff_app.failures import ExitCode, Failure, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,14 +89,19 @@ class StreamLoop:
         self.stream = stream
 
     def push(self, frame: "np.ndarray", frame_id: int) -> "Ready":
-        return [_arrived(output) for output in self.stream.push(frame, frame_id)]
+        return _arrived(lambda: self.stream.push(frame, frame_id))
 
     def flush(self) -> "Ready":
-        return [_arrived(output) for output in self.stream.flush()]
+        return _arrived(self.stream.flush)
 
 
-def _arrived(output: Any) -> "tuple[int, np.ndarray]":
-    return output.frame_id, output.pixels.float().permute(1, 2, 0).cpu().numpy()
+def _arrived(work: Callable[[], Any]) -> "Ready":
+    from fastdiff_pipelines import NotFinite
+
+    try:
+        return [(one.frame_id, one.pixels.float().permute(1, 2, 0).cpu().numpy()) for one in work()]
+    except NotFinite as error:
+        raise Failure(ExitCode.NOT_FINITE, f"{one_line(error)}; try --plan none, or float32") from error
 
 
 @dataclass

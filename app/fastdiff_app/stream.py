@@ -62,7 +62,6 @@ class StreamJob:
             "guidance_scale": self.guidance_scale,
             "sampler": self.sampler,
             "noise": self.noise,
-            "frame_buffer": self.frame_buffer,
             "seed": self.seed,
         }
 
@@ -119,11 +118,14 @@ def draw_demo(baseline: int, settings: dict[str, Any]) -> tuple[StreamJob, Demo]
     return StreamJob(clip, made.prompt, **files, baseline=baseline or DEMO_BASELINE, **settings), made
 
 
-def _open(pipe: Any, job: StreamJob, height: int, width: int, kind: str = "Stream") -> Any:
-    import fastdiff_pipelines
+def _open(pipe: Any, job: StreamJob, height: int, width: int, sequential: bool = False) -> Any:
+    from fastdiff_pipelines import SequentialStream, Stream
 
+    common = {"height": height, "width": width, **job.settings()}
     try:
-        made = getattr(fastdiff_pipelines, kind)(pipe, job.prompt, height=height, width=width, **job.settings())
+        if sequential:
+            return SequentialStream(pipe, job.prompt, **common)
+        made = Stream(pipe, job.prompt, frame_buffer=job.frame_buffer, **common)
         made.warmup()
     except (ValueError, TypeError, NotImplementedError) as error:
         raise Failure(ExitCode.USAGE, f"the stream cannot be set up: {one_line(error)}") from error
@@ -139,7 +141,7 @@ class Beside:
 
         usual = DiffusersLoop(fresh(), job.prompt, job.seed, strength=job.strength, **USUAL)
         equal = equal_loop(fresh(), job.prompt, job.seed, job.settings())
-        loop = StreamLoop(_open(fresh(), job, height, width, "SequentialStream"))
+        loop = StreamLoop(_open(fresh(), job, height, width, sequential=True))
         self.runs = [Run("diffusers", usual), Run("diffusers-equal", equal), Run("sequential", loop)]
         self.left = job.baseline
         self.every = max(1, (count or job.baseline) // job.baseline)
