@@ -11,13 +11,14 @@ from . import models, render, weights, world
 
 DEFAULTS = {"autoencoder": {"batch": 16, "learning_rate": 3e-3}, "mini-sd": {"batch": 64, "learning_rate": 1.2e-3}}
 _POOL = 4096  # scenes drawn and encoded at a time, per process
+_SINGLES = 150_000  # images of one object each before pairs and landscapes join
 _PASSES = 3  # times a pool is used, each with new captions, timesteps and noise
 
 
 def pixels(scenes: list[world.Scene], size: int = models.SIZE) -> Tensor:
     """Renders as float32 [B, 3, H, W] in [-1, 1]."""
     images = np.stack([render.render(scene, size) for scene in scenes])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
 
 
 def _gradient_difference(error: Tensor) -> Tensor:
@@ -26,13 +27,14 @@ def _gradient_difference(error: Tensor) -> Tensor:
 
 def autoencoder(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     """L1 + L2 + gradient L1, latents kept near unit scale and robust to noise of 0.05."""
-    module = models.autoencoder().to(run.device).to(memory_format=torch.channels_last)
+    module = models.autoencoder().to(run.device)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int, rank: int, batch: int) -> Tensor:
         rng = np.random.default_rng([run.seed, step, rank])
         image = pixels([world.random_scene(rng) for _ in range(batch)]).to(run.device)
         image = image.contiguous(memory_format=torch.channels_last)
-        generator = torch.Generator().manual_seed(hash((run.seed, step, rank)) & 0x7FFFFFFF)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         with torch.autocast(torch.device(run.device).type, torch.bfloat16):
             latent = module.encoder(image)
             noise = torch.randn(latent.shape, generator=generator).to(latent)
@@ -68,8 +70,8 @@ class Pool:
     def _fill(self, number: int) -> None:
         rng = np.random.default_rng([self.run.seed, 1, number, self.rank])
         # Single objects first: shapes are learned from them, and relations build on shapes.
-        progress = number * _POOL * _PASSES * self.run.processes / self.run.images
-        kinds = (1.0, 0.0, 0.0) if progress < 0.4 else (0.75, 0.13, 0.12)
+        seen = number * _POOL * _PASSES * self.run.processes
+        kinds = (1.0, 0.0, 0.0) if seen < _SINGLES else (0.75, 0.13, 0.12)
         self.scenes = [world.random_scene(rng, kinds) for _ in range(_POOL)]
         with torch.inference_mode():
             chunks = [pixels(self.scenes[i : i + 64]).to(self.run.device) for i in range(0, _POOL, 64)]
@@ -94,7 +96,8 @@ class Pool:
 
 def mini_sd(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     """v-prediction on Stable Diffusion's schedule, timesteps stratified over the batch."""
-    module: nn.Module = TextToImage().to(run.device).to(memory_format=torch.channels_last)
+    module = TextToImage().to(run.device)
+    module.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     call = torch.compile(module) if run.compiled else module
     tokenize = models.tokenizer.build()
     alphas = models.scheduler().alphas_cumprod.to(run.device)

@@ -29,19 +29,19 @@ def autoencoder() -> AutoencoderTiny:
 
 def text_encoder() -> CLIPTextModel:
     """Two CLIP layers of width 128 over 24 tokens."""
-    end = tokenizer.build().eos_token_id
+    size = len(tokenizer.build())
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=end + 1,
+            vocab_size=size,
             hidden_size=TEXT_WIDTH,
             intermediate_size=4 * TEXT_WIDTH,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=tokenizer.LENGTH,
             projection_dim=TEXT_WIDTH,
-            bos_token_id=end - 1,
-            eos_token_id=end,
-            pad_token_id=end,
+            bos_token_id=size - 2,
+            eos_token_id=size - 1,
+            pad_token_id=size - 1,
         )
     )
 
@@ -57,7 +57,7 @@ def unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(3, 6, 9),
+        attention_head_dim=(3, 6, 9),  # type: ignore[arg-type]  # diffusers' name for the number of heads
         norm_num_groups=16,
     )
 
@@ -77,14 +77,14 @@ def scheduler() -> DPMSolverMultistepScheduler:
 def pipeline(vae: AutoencoderTiny, text: CLIPTextModel, denoiser: UNet2DConditionModel) -> StableDiffusionPipeline:
     """The parts as a plain `StableDiffusionPipeline`."""
     return StableDiffusionPipeline(
-        vae=vae.eval(),
+        vae=vae.eval(),  # type: ignore[arg-type]
         text_encoder=text.eval(),
         tokenizer=tokenizer.build(),
         unet=denoiser.eval(),
-        scheduler=scheduler(),
+        scheduler=scheduler(),  # type: ignore[arg-type]
         safety_checker=None,  # type: ignore[arg-type]
         feature_extractor=None,  # type: ignore[arg-type]
-        image_encoder=None,
+        image_encoder=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
     )
 

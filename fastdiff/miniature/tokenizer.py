@@ -1,5 +1,7 @@
 """A `CLIPTokenizer` for the miniature world, built in code: every world word is one token, others are spelled out."""
 
+import itertools
+
 from transformers import CLIPTokenizer
 
 from . import world
@@ -19,7 +21,7 @@ def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
     while True:
         counts: dict[tuple[str, str], int] = {}
         for parts in pieces.values():
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in itertools.pairwise(parts):
                 counts[pair] = counts.get(pair, 0) + 1
         if not counts:
             return merges
@@ -48,7 +50,7 @@ def build() -> CLIPTokenizer:
     vocabulary = {token: number for number, token in enumerate(tokens)}
     return CLIPTokenizer(
         vocab=vocabulary,
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]
         model_max_length=LENGTH,
         bos_token=START,
         eos_token=END,

@@ -11,6 +11,7 @@ weights. The learning rate is constant and falls over the last fifth, so the end
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
-from . import losses, models, weights
+from . import losses, weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,13 @@ class Average:
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, value in module.state_dict().items():
-            self.values[name].lerp_(value.to(self.values[name].dtype), 1 - decay) if value.is_floating_point() else None
+            if value.is_floating_point():
+                self.values[name].lerp_(value, 1 - decay)
+
+
+def _log(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def _average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
@@ -133,7 +140,7 @@ def _loop(run: Run, rank: int, module: nn.Module, loss: Callable[[int, int, int]
         if rank == 0 and (step % 100 == 99 or step + 1 == run.steps):
             done = (step + 1) * run.batch
             speed = (step + 1 - first) * run.batch / (time.monotonic() - began)
-            print(f"{run.name}: {done} images, loss {running:.4f}, {speed:.0f} images/s", flush=True)
+            _log(f"{run.name}: {done} images, loss {running:.4f}, {speed:.0f} images/s")
         if rank == 0 and (time.monotonic() - saved > 120 or step + 1 == run.steps):
             _save(run, step + 1, module, average, optimizer)
             saved = time.monotonic()
@@ -168,7 +175,7 @@ def export(run: Run) -> None:
     """Writes the checkpoint's averaged weights as the shipped model."""
     state = torch.load(_checkpoint(run), map_location="cpu", weights_only=True)
     weights.export(run.name, state["average"])
-    print(f"{run.name}: exported after {state['step'] * run.batch} images")
+    _log(f"{run.name}: exported after {state['step'] * run.batch} images")
 
 
 def main() -> None:
@@ -188,7 +195,10 @@ def main() -> None:
     given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
     only_export = given.pop("export")
     run = Run(**(losses.DEFAULTS[given["name"]] | given))
-    export(run) if only_export else train(run)
+    if only_export:
+        export(run)
+    else:
+        train(run)
 
 
 if __name__ == "__main__":
