@@ -121,6 +121,8 @@ def refusal(denoiser: Any, method: str) -> str:
     (first, head), (last, tail) = metadata[0], metadata[-1]
     if (head.return_encoder_hidden_states_index is None) != (tail.return_encoder_hidden_states_index is None):
         return f"{type(first).__name__} and {type(last).__name__} return different things and diffusers subtracts them"
+    if method == "first_block" and getattr(last, "context_pre_only", False):
+        return f"the last {type(last).__name__} returns no text stream, and diffusers' hook subtracts from it"
     return ""
 
 
