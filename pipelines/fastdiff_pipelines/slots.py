@@ -15,7 +15,7 @@ from fastdiff_pipelines.prepared import Prepared
 from fastdiff_pipelines.settings import Settings
 
 if TYPE_CHECKING:
-    from fastdiff_pipelines.batch import Call
+    from fastdiff_pipelines.flight import Call
 
 
 @dataclass
