@@ -64,9 +64,7 @@ class ToyPipeline:
     def components(self):
         return {"vae": self.vae, "unet": self.unet, "scheduler": self.scheduler}
 
-    def encode_prompt(
-        self, prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt=None
-    ):
+    def encode_prompt(self, prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt=None):
         positive = self._embed(prompt)
         return positive, self._embed(negative_prompt or "") if do_classifier_free_guidance else None
 
