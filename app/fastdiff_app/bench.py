@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 from fastdiff_app.console import out, table
-from fastdiff_app.failures import ExitCode, Failure, require_torch
+from fastdiff_app.failures import ExitCode, Failure, one_line, require_torch
 from fastdiff_app.outputs import check_writable
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # modules of benchmarks/ that are not benchmarks themselves
-_SUPPORT = ("record", "readme")
+_SUPPORT = ("full_size", "record", "readme")
 
 
 def names() -> list[str]:
@@ -34,7 +34,10 @@ def bench(name: str, target: Path | None, full: bool, only: str | None) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
     if only is not None and name != "gpu":
         raise Failure(ExitCode.USAGE, "--only chooses a suite of the gpu benchmark")
-    record = module.run(full=full, **({"only": only} if name == "gpu" else {}))
+    try:
+        record = module.run(full=full, **({"only": only} if name == "gpu" else {}))
+    except ValueError as error:
+        raise Failure(ExitCode.USAGE, one_line(error)) from error
     out.print(table(record))
     if target:
         record.save(target)

@@ -1,0 +1,78 @@
+"""`make readme`: README's tables and pictures, from the records in benchmarks/results/ and from nothing else."""
+
+import re
+import shutil
+
+from benchmarks.record import RESULTS, Record, Row
+from fastdiff_app.console import SHORT, number
+
+ROOT = RESULTS.parents[1]
+README = ROOT / "README.md"
+PICTURE = RESULTS / "stream.png"
+ATTRIBUTES = ("background", "colour", "position", "shape", "size")
+
+
+def _cell(row: Row, name: str) -> str:
+    """A figure, with half the width of its interval where it has one."""
+    if name not in row.quality:
+        return ""
+    figure = row.quality[name]
+    half = (figure.high - figure.low) / 2
+    return number(figure.value) if half == 0 or name in SHORT else f"{number(figure.value)} ± {number(half)}"
+
+
+def markdown(record: Record, columns: tuple[str, ...], ratio: str = "times faster") -> str:
+    """A record as a table, with a line beneath that says on what, when and from which commit."""
+    headings = ["", "ms", ratio, *(SHORT.get(name, name.replace("_", " ")) for name in columns)]
+    lines = ["| " + " | ".join(headings) + " |", "|--" + "|--:" * (len(headings) - 1) + "|"]
+    for row in record.rows:
+        timing = "" if row.ms_median is None else number(row.ms_median)
+        faster = "" if row.ratio is None else f"{row.ratio:.2f}"
+        if row.ms_median is None and not row.quality:
+            faster = row.note
+        lines.append("| " + " | ".join([row.method, timing, faster, *(_cell(row, name) for name in columns)]) + " |")
+    machine = record.machine
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, load {machine['load']}"
+    made = f"{record.created[:10]}, commit {record.commit}"
+    lines += ["", f"<sub>{device}; torch {machine['torch']}, diffusers {machine['diffusers']}; {made}.</sub>"]
+    return "\n".join(lines)
+
+
+def _section(name: str) -> str:
+    columns = {
+        "stream": ("first_frame_ms", "max_abs_difference", *ATTRIBUTES),
+        "miniature": (*ATTRIBUTES, *(f"{name}_absolute" for name in ATTRIBUTES)),
+        "gpu": ("fps", "tflop_per_frame", "bf16_roofline"),
+    }
+    found = sorted(RESULTS.glob(f"{name}.json")) or sorted(RESULTS.glob(f"{name}-*.json"))
+    if not found:
+        return f"Not measured yet: `make bench NAME={name}`."
+    return "\n\n".join(markdown(Record.read(path), columns[name]) for path in found)
+
+
+def _sheet() -> str:
+    made = ROOT / "out" / "stream.png"
+    if made.exists():
+        shutil.copyfile(made, PICTURE)
+    if not PICTURE.exists():
+        return "No picture yet: `make stream`, then `make readme`."
+    return f"![input, plain diffusers and fastdiff, row by row]({PICTURE.relative_to(ROOT)})"
+
+
+def rewritten(text: str) -> str:
+    """README's text with every generated section made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- generated: {name} -->\n{_sheet() if name == 'sheet' else _section(name)}\n<!-- end -->"
+
+    return re.sub(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrites README.md in place."""
+    README.write_text(rewritten(README.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
