@@ -81,6 +81,7 @@ class Pass:
     Attributes:
         halo_in_input: the input came with the rows around the strip that the first convolution needs.
         whole: the uncut input.
+        timestep: of this forward, where a layer asks.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Pass:
         self.cells: dict[int, tuple[Strips, int]] = {}
         self.halo_in_input = False
         self.whole: Tensor | None = None
+        self.timestep = 0.0
         self._calls: dict[str, int] = {}
 
     @property
