@@ -8,6 +8,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from . import models, render, weights, world
+from .replica import Replica
 
 DEFAULTS = {"autoencoder": {"batch": 16, "learning_rate": 3e-3}, "mini-sd": {"batch": 64, "learning_rate": 1.2e-3}}
 _POOL = 4096  # scenes drawn and encoded at a time, per process
@@ -47,16 +48,21 @@ def autoencoder(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
 
 
 class TextToImage(nn.Module):
-    """Text encoder and denoiser, trained together."""
+    """Text encoder and denoiser, trained together; on a CPU the denoiser runs as its bfloat16 replica."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self.text_encoder = models.text_encoder()
-        self.unet = models.unet()
+        self.text_encoder = models.text_encoder().to(device)
+        self.unet = models.unet().to(device)
+        self.replica = None if device != "cpu" else Replica(self.unet)
 
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
-        """[B, C, h, w], [B], [B, 24] to the predicted velocity [B, C, h, w]."""
-        return self.unet(noisy, timestep, self.text_encoder(tokens)[0], return_dict=False)[0]
+        """[B, C, h, w], [B], [B, 24] to the predicted velocity, float32 [B, C, h, w]."""
+        text = self.text_encoder(tokens)[0]
+        if self.replica is not None:
+            return self.replica(noisy, timestep, text)
+        with torch.autocast(noisy.device.type, torch.bfloat16):
+            return self.unet(noisy, timestep, text, return_dict=False)[0].float()
 
 
 class Pool:
@@ -96,9 +102,7 @@ class Pool:
 
 def mini_sd(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     """v-prediction on Stable Diffusion's schedule, timesteps stratified over the batch."""
-    module = TextToImage().to(run.device)
-    module.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    call = torch.compile(module) if run.compiled else module
+    module = TextToImage(run.device)
     tokenize = models.tokenizer.build()
     alphas = models.scheduler().alphas_cumprod.to(run.device)
     pools: dict[int, Pool] = {}
@@ -112,10 +116,8 @@ def mini_sd(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
         noise = torch.randn(latents.shape, generator=generator).to(run.device)
         alpha, sigma = alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()
         alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
-        noisy = (alpha * latents + sigma * noise).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.device != "cpu"):
-            velocity = call(noisy, timestep, ids)
-        return functional.mse_loss(velocity.float(), alpha * noise - sigma * latents)
+        velocity = module(alpha * latents + sigma * noise, timestep, ids)
+        return functional.mse_loss(velocity, alpha * noise - sigma * latents)
 
     return module, loss
 

@@ -38,7 +38,6 @@ class Run:
     processes: int = 2
     device: str = "cpu"
     scratch: bool = False
-    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.batch % self.processes:
@@ -190,7 +189,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".training"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", action="store_true", help="ignore checkpoint and shipped weights")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile the network")
     parser.add_argument("--export", action="store_true", help="only export the checkpoint as it stands")
     given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
     only_export = given.pop("export")

@@ -1,0 +1,59 @@
+"""A bfloat16 replica of a UNet for training on a CPU: 1.6 times faster than float32, and autocast gains nothing here.
+
+Master weights, optimizer and gradients stay float32. Attention itself is computed in float32, because the CPU's fused
+backward in bfloat16 takes several times as long.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as functional
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+
+class Float32Attention:
+    """Attention processor: projections in the module's dtype, the attention in float32. No masks, no norms."""
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused
+    ) -> Tensor:
+        """[B, S, C] to [B, S, C]."""
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        def heads(x: Tensor) -> Tensor:  # [B, S, C] -> [B, N, S, D]
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2).float()
+
+        q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        assert attn.to_out is not None
+        return attn.to_out[0](mixed.to(hidden_states.dtype))
+
+
+class Replica:
+    """Runs `master`'s forward and backward in bfloat16; gradients arrive at the master's float32 parameters."""
+
+    def __init__(self, master: UNet2DConditionModel) -> None:
+        self.unet = copy.deepcopy(master).to(torch.bfloat16)
+        self.unet.set_attn_processor(Float32Attention())  # type: ignore[arg-type]
+        self.masters = list(master.parameters())
+        self.copies = list(self.unet.parameters())
+        for original, duplicate in zip(self.masters, self.copies, strict=True):
+            duplicate.register_post_accumulate_grad_hook(self._deliver_to(original))
+
+    @staticmethod
+    def _deliver_to(original: nn.Parameter):
+        def deliver(duplicate: Tensor) -> None:
+            assert duplicate.grad is not None
+            original.grad = duplicate.grad.float()
+            duplicate.grad = None
+
+        return deliver
+
+    def __call__(self, noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """[B, C, h, w], [B], [B, S, E] to float32 [B, C, h, w], with the master's present weights."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.copies, self.masters)
+        half = torch.bfloat16
+        return self.unet(noisy.to(half), timestep, text.to(half), return_dict=False)[0].float()
