@@ -52,9 +52,8 @@ NETWORKS = {
 def replay(events: Sequence[Sequence[Event]], network: Network, flops_per_s: float | Sequence[float]) -> list[float]:
     """Return when each rank would finish, in seconds, given its recorded events.
 
-    A message leaves when its sender is free to send (a rank sends one message after another), travels
-    `latency_s` + bytes / `bytes_per_s` (a gather among n ranks: ceil(log2 n) latencies), and overlaps with computation
-    until somebody waits for it.
+    An operation begins when its sender is free to send (a rank sends one after another), takes `latency_s` (a gather
+    among n ranks: ceil(log2 n) of them) and bytes / `bytes_per_s`, and overlaps with computation until somebody waits.
 
     Args:
         events: per rank, as `simulator.Run.events` holds them.
@@ -95,9 +94,10 @@ def replay(events: Sequence[Sequence[Event]], network: Network, flops_per_s: flo
 
 def _send(event: Event, rank: int, leave: float, network: Network, arrivals: dict) -> float:
     stages = math.ceil(math.log2(len(event.sends) + 1)) if event.everybody else 1
+    leave += stages * network.latency_s
     for destination, size in event.sends.items():
         leave += size / network.bytes_per_s
-        arrivals[event.group, rank, destination].append(leave + stages * network.latency_s)
+        arrivals[event.group, rank, destination].append(leave)
     return leave
 
 
