@@ -6,6 +6,7 @@ The only file that knows diffusers' private names.
 import ast
 import copy
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,6 +157,19 @@ def attentions(denoiser: Any) -> list[tuple[str, Any]]:
     from diffusers.hooks._common import _ATTENTION_CLASSES
 
     return [(name, part) for name, part in denoiser.named_modules() if isinstance(part, _ATTENTION_CLASSES)]
+
+
+def taylorseer_matches(denoiser: Any) -> int:
+    """How many modules diffusers' TaylorSeer hooks with its default patterns."""
+    from diffusers.hooks.taylorseer_cache import _TRANSFORMER_BLOCK_IDENTIFIERS
+
+    names = [name for name, _ in denoiser.named_modules()]
+    return sum(any(re.fullmatch(pattern, name) for pattern in _TRANSFORMER_BLOCK_IDENTIFIERS) for name in names)
+
+
+def opens_cache_context(pipe: Any) -> bool:
+    """True when the pipeline tells diffusers' caches which guidance branch it calls for."""
+    return "cache_context(" in _source(public_class(pipe))
 
 
 def compiled_regions(denoiser: Any) -> list[Any]:
@@ -325,10 +339,7 @@ def _scale(pipe: Any, vae: Any) -> int:
 
 @cache
 def _guidance(pipeline: type, denoisers: tuple[str, ...]) -> str:
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(pipeline.__call__)))
-    except (OSError, TypeError):
-        return "none"
+    source = _source(pipeline)
     calls = 0
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
@@ -340,3 +351,31 @@ def _guidance(pipeline: type, denoisers: tuple[str, ...]) -> str:
     if "] * 2" in source:  # torch.cat([latents] * 2); a second call then serves something else, such as layer skipping
         return "batched"
     return "separate" if calls > 1 else "none"
+
+
+@cache
+def _source(pipeline: type) -> str:
+    """The text of a pipeline's `__call__`; empty where it cannot be read."""
+    try:
+        return textwrap.dedent(inspect.getsource(inspect.unwrap(pipeline.__call__)))
+    except (OSError, TypeError):
+        return ""
+
+
+def context_plan(denoiser: Any) -> Any:
+    """How diffusers' context parallelism splits this denoiser; None when diffusers has no plan for it."""
+    return getattr(denoiser, "_cp_plan", None)
+
+
+def parallel_config(denoiser: Any) -> Any:
+    """The parallel configuration diffusers has put on a denoiser; None when it has none."""
+    return getattr(denoiser, "_parallel_config", None)
+
+
+def clear_parallel_config(denoiser: Any) -> None:
+    """Take diffusers' parallel configuration off a denoiser and its attention processors."""
+    denoiser._parallel_config = None
+    for part in denoiser.modules():
+        processor = getattr(part, "processor", None)
+        if getattr(processor, "_parallel_config", None) is not None:
+            processor._parallel_config = None

@@ -51,18 +51,14 @@ EXAMPLES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "pyramid": lambda pipe: DiffusersCache(method="pyramid_attention", warm_up=2),
         "mag": lambda pipe: DiffusersCache(method="mag", warm_up=2, ratios=(1.0,) * STEPS),
     },
-    "Compile": {
-        "auto": lambda pipe: Compile(backend="eager"),
-        "whole": lambda pipe: Compile(backend="eager", scope="whole"),
-    },
+    "Compile": {"traced": lambda pipe: Compile(backend="eager")},
 }
-CASES = [
-    pytest.param(name, kind, example, id=f"{name}-{kind}-{example}")
-    for name in FAMILIES
-    for kind in MEMBERS
-    for example in EXAMPLES.get(kind, {"default": None})
-]
+ALL = [(name, kind, example) for name in FAMILIES for kind in MEMBERS for example in EXAMPLES.get(kind, ("default",))]
+# tracing takes seconds where a run takes milliseconds, so compilation is tried on the smallest family only
+CASES = [case for case in ALL if case[1] != "Compile" or case[0] == "flux"]
 everywhere = pytest.mark.parametrize(("name", "kind", "example"), CASES)
+# one UNet and one transformer, for what does not depend on how a pipeline calls its denoiser
+on_two = pytest.mark.parametrize(("name", "kind", "example"), [case for case in CASES if case[0] in ("sd", "flux")])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -220,9 +216,9 @@ def _in_lockstep(pipe: Any, jobs: list[tuple[str, int]]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    errors = [result for result in results if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
     return results
 
 
@@ -230,7 +226,7 @@ class Stop(Exception):
     pass
 
 
-@everywhere
+@on_two
 def test_exceptions_and_interrupts_leave_nothing_behind(name: str, kind: str, example: str):
     pipe, one = _able(name, kind, example)
 
@@ -251,7 +247,7 @@ def test_exceptions_and_interrupts_leave_nothing_behind(name: str, kind: str, ex
         assert torch.equal(run(pipe), whole)
 
 
-@everywhere
+@on_two
 def test_a_row_does_not_depend_on_its_batch_mates(name: str, kind: str, example: str):
     pipe, one = _able(name, kind, example)
     prompts = ["a red circle", "a blue square", "a large green triangle"]
@@ -263,24 +259,23 @@ def test_a_row_does_not_depend_on_its_batch_mates(name: str, kind: str, example:
         torch.testing.assert_close(together[row : row + 1], image, rtol=0, atol=tolerance)
 
 
-@everywhere
+@on_two
 def test_another_prompt_size_batch_and_step_count_just_work(name: str, kind: str, example: str):
     pipe, one = _able(name, kind, example)
     settings = [
         {"prompt": "a blue square"},
         {"height": 2 * SIZE, "width": SIZE},
         {"prompt": ["a blue square", "a red circle"]},
-        {"num_inference_steps": 3},
         {"num_inference_steps": STEPS + 2},
         {},
     ]
     fresh = []
     for changed in settings:
-        with fastdiff.accelerate(pipe, one):
+        with fastdiff.accelerate(pipe, () if one.exact else one):
             fresh.append(run(pipe, **changed))
     with fastdiff.accelerate(pipe, one):
         for changed, expected in zip(settings, fresh, strict=True):
-            torch.testing.assert_close(run(pipe, **changed), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(run(pipe, **changed), expected, rtol=0, atol=1e-4)
 
 
 @everywhere
@@ -325,7 +320,8 @@ def _sample(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
 
 
-@everywhere
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind", "example"), [case for case in CASES if case[0] == "flux"])
 def test_compiles_without_graph_breaks_or_says_why_not(name: str, kind: str, example: str):
     pipe, one = _able(name, kind, example)
     if kind == "Compile":
@@ -349,7 +345,7 @@ def test_compiles_without_graph_breaks_or_says_why_not(name: str, kind: str, exa
     assert marks(pipe) == before
 
 
-@everywhere
+@on_two
 def test_what_was_changed_later_is_removed_first(name: str, kind: str, example: str):
     pipe, one = _able(name, kind, example)
     before = marks(pipe)

@@ -67,22 +67,21 @@ class RowTail(FBCBlockHook):
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the block, or pass its input on; at the tail give the rows that were not renewed what they had."""
-        state = self.state_manager.get_state()
+        state: Any = self.state_manager.get_state()
         before = state.tail_block_residuals
         output = super().new_forward(module, *args, **kwargs)
         if not (self.is_tail and state.should_compute and state.wants is not None):
             return output
-        after, head = state.tail_block_residuals, state.head_block_output
+        after, head, wants = state.tail_block_residuals, state.head_block_output, state.wants
         if isinstance(output, torch.Tensor):
-            state.tail_block_residuals = (_where(state.wants, after[0], before[0]), None)
-            return _where(state.wants, output, head + before[0])
-        state.tail_block_residuals = tuple(
-            _where(state.wants, new, old) for new, old in zip(after, before, strict=True)
-        )
-        rows = list(output)
-        places = (self._metadata.return_hidden_states_index, self._metadata.return_encoder_hidden_states_index)
+            state.tail_block_residuals = (_where(wants, after[0], before[0]), None)
+            return _where(wants, output, head + before[0])
+        state.tail_block_residuals = tuple(_where(wants, new, old) for new, old in zip(after, before, strict=True))
+        known: Any = self._metadata
+        rows: list[Any] = list(output)
+        places = (known.return_hidden_states_index, known.return_encoder_hidden_states_index)
         for place, start, old in zip(places, head, before, strict=False):
-            rows[place] = _where(state.wants, output[place], start + old)
+            rows[place] = _where(wants, output[place], start + old)
         return tuple(rows)
 
 
