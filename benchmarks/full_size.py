@@ -116,9 +116,10 @@ def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) 
         unet = UNet2DConditionModel(**architecture.unet)
         vae = AutoencoderTiny(**architecture.autoencoder)
         encoders = [_text_encoder(width, number, words) for number, width in enumerate(architecture.text)]
-    for model in (unet, vae, *encoders):
+    models: list[torch.nn.Module] = [unet, vae, *encoders]
+    for model in models:
         model.to(dtype).eval().requires_grad_(False)
-    scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     common: dict[str, Any] = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": words}
     if len(encoders) == 2:
         pipe = diffusers.StableDiffusionXLImg2ImgPipeline(

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff
@@ -78,22 +79,28 @@ LOADS = ((1, 1), (4, 1), (1, 8))
 def stream_suite(place: Place) -> Iterator[Row]:
     """Image-to-image streams of 1 and 4 steps, one frame or eight a call; eager, compiled, CUDA-graphed.
 
-    `bf16_roofline` is the share of the device's dense bf16 peak that the counted operations of a frame reach.
+    `ratio` is to the eager row of the same load, and `bf16_roofline` the share of the device's dense bf16 peak that the
+    counted operations of a frame reach.
     """
     for architecture in place.architectures:
         pipe = build(architecture, place.device, place.dtype)
         for steps, buffer in LOADS:
             case = _Case(place, pipe, architecture, steps, buffer)
+            eager = None
             for way, members in WAYS.items():
                 name = f"{architecture.name} {architecture.size}px {steps}-step x{buffer} {way}"
                 if perf_counter() > place.until:
                     yield could_not_run(name, "left out: the suite's time was used up")
                     continue
                 try:
-                    yield case.row(name, members)
+                    row = case.row(name, members)
+                    eager = eager or row.ms_median
+                    row.ratio = eager / row.ms_median if eager and row.ms_median else None
+                    yield row
                 except (RuntimeError, NotImplementedError, ValueError) as error:
                     yield could_not_run(name, error)
-        del pipe, case
+        # the next one needs the memory
+        pipe = case = None
         gc.collect()
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -187,6 +194,7 @@ def run(full: bool = False, only: str | None = None, shrunken: bool = False) -> 
     """
     if only is not None and only not in SUITES:
         raise ValueError(f"no suite is called {only!r}; there are {', '.join(SUITES)}")
+    logging.set_verbosity_error()
     record = Record("gpu" if only is None else f"gpu-{only}")
     for name in [only] if only else list(SUITES):
         try:

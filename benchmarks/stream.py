@@ -110,18 +110,20 @@ def _never(prompt: str) -> Method:
     raise RuntimeError("this method did not start")
 
 
-def run(full: bool = False, size: int = 64, clips: int = 0, frames: int = 0, compiled: bool = True) -> Record:
+def run(
+    full: bool = False, size: int = 64, clips: int = 0, frames: int = 0, compiled: bool = True, peer: bool = True
+) -> Record:
     """Runs the benchmark.
 
     Args:
         full: three times as many clips.
         clips, frames: how many clips of how many frames each; 0 chooses.
-        compiled: False leaves the compiled rows out.
+        compiled, peer: False leaves the compiled rows, or the peer's, out.
     """
     shots = [demo(seed, frames or 24, size) for seed in range(clips or (12 if full else 4))]
     record = Record("stream")
     with ExitStack() as stack:
-        contenders = list(_contenders(stack, size, compiled, peer=True))
+        contenders = list(_contenders(stack, size, compiled, peer))
         for contender in contenders:
             _warm(contender, shots[0])
         for shot in shots:
