@@ -12,7 +12,7 @@ from .replica import Replica
 
 DEFAULTS = {"autoencoder": {"batch": 16, "learning_rate": 3e-3}, "mini-sd": {"batch": 64, "learning_rate": 1.2e-3}}
 _POOL = 4096  # scenes drawn and encoded at a time, per process
-_SINGLES = 150_000  # images of one object each before pairs and landscapes join
+_SINGLES = 120_000  # images of one object each before pairs and landscapes join
 _PASSES = 3  # times a pool is used, each with new captions, timesteps and noise
 
 
