@@ -74,7 +74,8 @@ class UNet(Denoiser):
     def __init__(self, pipe: Any, height: int, width: int):
         super().__init__(pipe, height, width)
         kind = getattr(self.module.config, "addition_embed_type", None)
-        if kind not in (None, "text_time"):
+        # "text" pools the prompt's own states inside the UNet: nothing more to pass
+        if kind not in (None, "text", "text_time"):
             raise Unsupported(f"the stream does not know the UNet conditioning {kind!r}; it knows plain and SDXL's")
         self.sizes = kind == "text_time"
 
