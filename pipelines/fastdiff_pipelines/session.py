@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.acceleration import Unsupported
 from fastdiff.anatomy import default_size
 from fastdiff_pipelines.denoiser import denoiser_for
 from fastdiff_pipelines.frames import Codec, check_frame, normalise
@@ -73,6 +74,8 @@ class Session:
         handle = getattr(type(self.pipe), "_fastdiff_handle", None)
         if handle is None:
             return nullcontext()
+        if handle is not self._handle:
+            _refuse_step_caches(handle.plan)
         if handle is not self._handle or self._request.closed:
             self._handle, self._request = handle, handle.request(keep=True)
         return self._request
@@ -132,6 +135,15 @@ class Session:
         for slot, picture in zip(slots, pixels, strict=False):
             slot.pixels = picture
             slot.timings.finished, slot.timings.decode_ms = finished, (finished - started) * 1000
+
+
+def _refuse_step_caches(plan: Any) -> None:
+    caches = [one for one in plan if one.stage == "blocks" and not one.exact]
+    if caches:
+        raise Unsupported(
+            f"{caches[0]!r} reuses what the last call computed, but every call of a stream holds other frames in the "
+            "same rows; remove it from the plan for streaming"
+        )
 
 
 class _Running:

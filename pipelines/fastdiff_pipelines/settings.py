@@ -59,7 +59,7 @@ class Settings:
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", tuple(float(t) for t in tuple(self.timesteps)))
             object.__setattr__(self, "steps", len(self.timesteps))
-        self._check("steps", isinstance(self.steps, int) and 1 <= self.steps <= MOST_STEPS, f"1 to {MOST_STEPS}")
+        self._check("steps", type(self.steps) is int and 1 <= self.steps <= MOST_STEPS, f"1 to {MOST_STEPS}")
         self._check("strength", 0 < self.strength <= 1, "above 0 and at most 1")
         self._check("guidance", self.guidance in GUIDANCE, f"one of {', '.join(GUIDANCE)}")
         self._check("guidance_scale", 0 <= self.guidance_scale <= 100, "0 to 100")
@@ -67,7 +67,7 @@ class Settings:
         self._check("sampler", self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
         self._check("noise", self.noise in NOISE, f"one of {', '.join(NOISE)}")
         self._check("blend", 0 <= self.blend <= 1, "0 to 1")
-        self._check("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**63, "a whole number of 0 to 2**63 - 1")
+        self._check("seed", type(self.seed) is int and 0 <= self.seed < 2**63, "a whole number of 0 to 2**63 - 1")
 
     def _check(self, name: str, passed: bool, wanted: str) -> None:
         if not passed:

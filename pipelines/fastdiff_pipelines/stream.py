@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fastdiff_pipelines.flight import Batch
 from fastdiff_pipelines.denoiser import is_compiled
+from fastdiff_pipelines.flight import Batch
 from fastdiff_pipelines.prepared import Prepared
 from fastdiff_pipelines.report import StreamReport
 from fastdiff_pipelines.session import Session, check_finite
