@@ -16,9 +16,9 @@ from fastdiff.parallel.inventory import Inventory
 from fastdiff.parallel.patch import FEW_STEPS
 from fastdiff.parallel.strips import Strips
 
-BAND = (-0.05, 0.20)
+BAND = (-0.13, 0.20)
 """How far a real latency may lie from a predicted one beyond the measured number of devices: models of this kind came
-out up to 17 % too fast and 5 % too slow against published figures (`published.table`)."""
+out up to 17 % too fast and 15 % too slow against published figures (`published.table`)."""
 
 
 @dataclass(frozen=True)

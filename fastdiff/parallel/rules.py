@@ -30,7 +30,7 @@ _ROTARY = ("rotary", "rope", "posembednd")
 # leaves that treat every place of the picture alike
 _POINTWISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.Embedding, nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh,
-    nn.Sigmoid, nn.Mish, nn.LeakyReLU, nn.Softmax, nn.ParameterDict, nn.ParameterList,
+    nn.Sigmoid, nn.Mish, nn.LeakyReLU, nn.Softmax, nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList,
 )  # fmt: skip
 _POINTWISE_NAMES = (
     "RMSNorm", "FP32LayerNorm", "FP32SiLU", "LayerNorm", "Timesteps", "AlphaBlender", "GaussianFourierProjection",
