@@ -2,6 +2,7 @@
 PYTHON_IN := .venv/bin/python
 READY := .venv/.ready
 NAME ?= stream
+WORKERS ?= 2
 
 export HF_HUB_OFFLINE ?= 1
 
@@ -24,7 +25,7 @@ stream: $(READY)
 	@$(PYTHON_IN) -m fastdiff_app.cli stream --demo
 
 test: $(READY)
-	@$(PYTHON_IN) -m pytest
+	@$(PYTHON_IN) -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(READY)
 	@$(PYTHON_IN) -m ruff check .

@@ -38,21 +38,8 @@ def test_generate_is_the_same_for_the_same_seed(program: Any, tmp_path: Path) ->
 
 def test_generate_from_a_picture_and_at_a_size(program: Any, tmp_path: Path) -> None:
     Image.fromarray(np.full((50, 90, 3), 200, np.uint8)).save(tmp_path / "in.png")
-    words = (
-        "generate",
-        CIRCLE,
-        "--image",
-        "in.png",
-        "-o",
-        "out.jpg",
-        "--steps",
-        4,
-        "--size",
-        "96x64",
-        "--plan",
-        "none",
-    )
-    ran = program(*words)
+    words = ("generate", CIRCLE, "--image", "in.png", "-o", "out.jpg", "--steps", 4, "--size", "96x64")
+    ran = program(*words, "--plan", "none")
     assert ran.code == ExitCode.OK, ran.err
     assert Image.open(tmp_path / "out.jpg").size == (96, 64)
 
