@@ -1,19 +1,23 @@
 """Who works on what: leases as files, so that any number of processes on any machines sharing a folder can share a job.
 
-The claim of generation g on a key is the file `<key>.<g>`, created with O_EXCL. Stealing from a dead owner is creating
-`<key>.<g+1>`: of several thieves exactly one succeeds, and nothing alive is ever renamed or removed by others. So g
-counts how many workers died with the key in hand. Whoever got a claim looks into the manifest again before working:
+The claim of generation g on a key is the file `<key>.<g>`, a hard link to its owner's card, so that making it is one
+step which fails where the name is taken. Stealing from a dead owner is making `<key>.<g+1>`: of several thieves exactly
+one succeeds, and nothing alive is ever renamed or removed by others. So g counts how many workers died with the key in
+hand. Whoever got a claim looks into the manifest again before working:
 an owner writes there first and releases afterwards.
 """
 
+import errno
 import json
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from pathlib import Path
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def host_identity() -> str:
@@ -34,6 +38,13 @@ def started_at(process: int) -> str | None:
     # the name in brackets may hold spaces; state and start time are fields 3 and 22
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else fields[19]
+
+
+def tidy(folder: Path, settled: Container[str]) -> None:
+    """Removes what killed workers left: claims on settled keys, which mean nothing, and cards without any claim."""
+    for path in [*folder.glob("*.*"), *folder.glob("card-*")]:
+        if path.stem in settled or (path.name.startswith("card-") and path.stat().st_nlink == 1):
+            path.unlink(missing_ok=True)
 
 
 def worker_name() -> str:
@@ -67,6 +78,7 @@ class Claims:
                 "started": started_at(os.getpid()),
             }
         )
+        self._card_path = folder / f"card-{worker}"
         self._latest: dict[str, int] = {}
         self._sign: dict[str, tuple[int, float]] = {}
 
@@ -96,10 +108,26 @@ class Claims:
             return None
         path = self._path(key, generation)
         try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            self._make(path)
         except FileExistsError:
             self._latest[key] = max(self._latest.get(key, 0), generation)
             return None
+        self._latest[key] = self.held[key] = generation
+        return generation
+
+    def _make(self, path: Path) -> None:
+        if not self._card_path.exists():
+            self._card_path.write_text(self._card, "utf-8")
+        try:
+            os.link(self._card_path, path)
+            return
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+        # two steps where the file system knows no links; whoever dies between them is told by time alone
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         try:
             os.write(handle, self._card.encode())
         except OSError:
@@ -107,8 +135,6 @@ class Claims:
             raise
         finally:
             os.close(handle)
-        self._latest[key] = self.held[key] = generation
-        return generation
 
     def is_lost(self, key: str) -> bool:
         """Whether somebody has taken a held claim over, which happens to a process that was stopped for too long."""
@@ -122,6 +148,11 @@ class Claims:
                 with suppress(FileNotFoundError):
                     self._path(key, earlier).unlink()
             self._latest.pop(key, None)
+
+    def close(self) -> None:
+        """Gives everything back; the worker is gone without a trace."""
+        self.release(self.held)
+        self._card_path.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Leaves all claims lying, as dying would."""
@@ -142,7 +173,7 @@ class Claims:
             stamp, text = path.stat().st_mtime_ns, path.read_bytes()
         except FileNotFoundError:
             return False
-        # without a card its owner is between creating and writing it, or died there: only time can tell
+        # where there are no links, an owner may be between making and signing its claim, or have died there
         card = json.loads(text) if text.endswith(b"}") else {}
         ours = card.get("host") == self._host and card.get("started") is not None
         if ours and started_at(card["process"]) != card["started"]:

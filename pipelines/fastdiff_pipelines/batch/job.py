@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdiff_pipelines.batch.claims import tidy
 from fastdiff_pipelines.batch.crew import Crew
 from fastdiff_pipelines.batch.errors import INPUT, JobError
 from fastdiff_pipelines.batch.identity import resolve_model
@@ -204,7 +205,9 @@ class BatchJob:
         within = self.folder / WITHIN
         write_whole(within / "metrics.json", json.dumps(summary.metrics, indent=2).encode())
         write_whole(within / "metrics.prom", prometheus(summary.metrics).encode())
-        if not summary.left and not any((within / "claims").glob("*")):
+        if not summary.left:
+            tidy(within / "claims", self.work.items)
+        if not any((within / "claims").glob("*")):
             remove_parts(self.folder)
         rate = f"{summary.done / summary.seconds:.2f}" if summary.done else "none made"
         numbers = {

@@ -77,16 +77,22 @@ class Worker:
             Broken: this process is of no use any more; its claims stay, so that others see over what it broke.
         """
         self._survey()
-        with self._heartbeat():
-            while not self.stop.is_asked():
-                batch = self._claim()
-                if batch:
-                    self._make(batch)
-                    self.on_batch()
-                elif self._left:
-                    self.idle()
-                else:
-                    return
+        try:
+            with self._heartbeat():
+                self._work()
+        finally:
+            self.claims.close()
+
+    def _work(self) -> None:
+        while not self.stop.is_asked():
+            batch = self._claim()
+            if batch:
+                self._make(batch)
+                self.on_batch()
+            elif self._left:
+                self.idle()
+            else:
+                return
 
     def process(self, names: Iterable[str]) -> dict[str, str]:
         """Works on some items, for callers that hand out work themselves.
@@ -182,6 +188,7 @@ class Worker:
             self._commit(batch, outcomes)
         except Broken:
             self._commit(batch, outcomes, keep=True)
+            self.claims.abandon()
             raise
         except BaseException:
             self.claims.release(batch)
