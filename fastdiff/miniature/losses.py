@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from . import models, render, weights, world
 from .replica import Replica
 
-DEFAULTS = {"autoencoder": {"batch": 16, "learning_rate": 3e-3}, "mini-sd": {"batch": 64, "learning_rate": 1.2e-3}}
+DEFAULTS = {
+    "autoencoder": {"batch": 16, "learning_rate": 3e-3},
+    "decoder": {"batch": 32, "learning_rate": 1.5e-3},
+    "mini-sd": {"batch": 64, "learning_rate": 1.2e-3},
+}
 _POOL = 4096  # scenes drawn and encoded at a time, per process
 _SINGLES = 120_000  # images of one object each before pairs and landscapes join
 _PASSES = 3  # times a pool is used, each with new captions, timesteps and noise
@@ -44,6 +48,13 @@ def autoencoder(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
         rate = error.abs().mean() + 4 * error.square().mean() + 0.5 * _gradient_difference(error)
         return rate + 0.01 * (latent.mean() ** 2 + (latent.std() - 1) ** 2)
 
+    return module, loss
+
+
+def decoder(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
+    """As `autoencoder` with the encoder as it is: better pictures from the same latents, denoisers stay valid."""
+    module, loss = autoencoder(run)
+    module.encoder.requires_grad_(False)  # type: ignore[union-attr]
     return module, loss
 
 
@@ -122,4 +133,4 @@ def mini_sd(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     return module, loss
 
 
-BUILDERS: dict[str, Callable] = {"autoencoder": autoencoder, "mini-sd": mini_sd}
+BUILDERS: dict[str, Callable] = {"autoencoder": autoencoder, "decoder": decoder, "mini-sd": mini_sd}

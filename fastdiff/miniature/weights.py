@@ -35,7 +35,7 @@ def load_autoencoder() -> AutoencoderTiny:
 def load_into(name: str, module: nn.Module) -> bool:
     """Fills a module being trained from the shipped weights; False where there are none."""
     folder = FOLDER / "mini-sd"
-    parts = {"autoencoder": {"": "vae"}, "mini-sd": {"text_encoder": "text_encoder", "unet": "unet"}}[name]
+    parts = {"text_encoder": "text_encoder", "unet": "unet"} if name == "mini-sd" else {"": "vae"}
     for attribute, part in parts.items():
         files = sorted((folder / part).glob("*.safetensors"))
         if not files:
@@ -47,7 +47,7 @@ def load_into(name: str, module: nn.Module) -> bool:
 
 def export(name: str, state: dict[str, Tensor]) -> None:
     """Writes trained weights as float16 into the shipped folder, keeping the parts that are already there."""
-    (_export_autoencoder if name == "autoencoder" else _export_text_to_image)(state)
+    (_export_text_to_image if name == "mini-sd" else _export_autoencoder)(state)
 
 
 @torch.inference_mode()
