@@ -38,6 +38,7 @@ class Run:
     processes: int = 2
     device: str = "cpu"
     scratch: bool = False
+    save_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         if self.batch % self.processes:
@@ -140,7 +141,7 @@ def _loop(run: Run, rank: int, module: nn.Module, loss: Callable[[int, int, int]
             done = (step + 1) * run.batch
             speed = (step + 1 - first) * run.batch / (time.monotonic() - began)
             _log(f"{run.name}: {done} images, loss {running:.4f}, {speed:.0f} images/s")
-        if rank == 0 and (time.monotonic() - saved > 120 or step + 1 == run.steps):
+        if rank == 0 and (time.monotonic() - saved >= run.save_seconds or step + 1 == run.steps):
             _save(run, step + 1, module, average, optimizer)
             saved = time.monotonic()
 

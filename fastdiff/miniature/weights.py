@@ -41,7 +41,7 @@ def load_into(name: str, module: nn.Module) -> bool:
         if not files:
             return False
         target = getattr(module, attribute) if attribute else module
-        target.load_state_dict({key: value.float() for key, value in load_file(files[0]).items()}, strict=False)
+        target.load_state_dict({key: value.float() for key, value in load_file(files[0]).items()})
     return True
 
 
