@@ -215,7 +215,7 @@ def dpm(scheduler: Any, steps: int = 25, strength: float = 1.0, timesteps: Seque
     config = dict(schedule.config_of(scheduler))
     schedule.refuse_nonlinear(config)
     wanted = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
-    solver = DPMSolverMultistepScheduler.from_config(config, **wanted)
+    solver: Any = DPMSolverMultistepScheduler.from_config(config, **wanted)
     if timesteps is not None:
         solver.set_timesteps(timesteps=list(timesteps))
     else:

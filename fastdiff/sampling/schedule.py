@@ -150,7 +150,8 @@ def flow_sigmas(
     total = steps_for_strength(steps, strength, config["num_train_timesteps"])
     sigmas = np.linspace(1.0, 1 / total, total).tolist() if uniform else None
     flow.set_timesteps(total, sigmas=sigmas, mu=mu if config.get("use_dynamic_shifting") else None)
-    return [float(s) for s in flow.sigmas[:-1][-steps:]]
+    levels: Any = flow.sigmas
+    return [float(s) for s in levels[:-1][-steps:]]
 
 
 def check_timesteps(timesteps: Sequence[float], most: float) -> list[float]:

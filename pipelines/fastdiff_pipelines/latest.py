@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from typing import Any
 class Captured:
     """A frame from a live source, with its id and `time.perf_counter` capture time."""
 
-    frame_id: Hashable
+    frame_id: Any
     frame: Any
     captured: float
 
@@ -34,7 +34,7 @@ class LatestFrame:
         self._closed = False
         self.put_count = self.taken_count = self.dropped_count = 0
 
-    def put(self, frame: Any, frame_id: Hashable = None, captured: float | None = None) -> None:
+    def put(self, frame: Any, frame_id: Any = None, captured: float | None = None) -> None:
         """Offer a frame, replacing one that still waits. Ids and capture times are filled in when not given.
 
         Raises:

@@ -8,7 +8,7 @@ against: steps and guidance are written here as the formulas have them, not fold
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class SequentialStream:
         """Height and width of frames, in pixels."""
         return self._session.height, self._session.width
 
-    def push(self, frame: Any = None, frame_id: Hashable = None, captured: float | None = None) -> list[Output]:
+    def push(self, frame: Any = None, frame_id: Any = None, captured: float | None = None) -> list[Output]:
         """Make one picture; arguments, output and errors as of `Stream.push`."""
         timings = Timings(captured, pushed=time.perf_counter())
         checked = self._session.admit(frame)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -60,7 +59,7 @@ class Output:
         repeated: True when the similarity filter found it equal to an earlier frame, whose pixels these are.
     """
 
-    frame_id: Hashable
+    frame_id: Any
     pixels: torch.Tensor
     settings: Settings
     timings: Timings
@@ -86,7 +85,7 @@ class Slot:
         source: for a repeated frame, the slot whose picture it shows.
     """
 
-    frame_id: Hashable
+    frame_id: Any
     prepared: Prepared
     timings: Timings
     frame: torch.Tensor | None = None

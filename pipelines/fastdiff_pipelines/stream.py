@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ class Stream:
         """Frames pushed that have not come out yet."""
         return len(self._order)
 
-    def push(self, frame: Any = None, frame_id: Hashable = None, captured: float | None = None) -> list[Output]:
+    def push(self, frame: Any = None, frame_id: Any = None, captured: float | None = None) -> list[Output]:
         """Put a frame in and take out whatever is finished, in order of pushing.
 
         Args:
@@ -251,7 +251,7 @@ class Stream:
     def _padded(self) -> bool:
         return is_compiled(self._session.denoiser.module) if self._pad is None else self._pad
 
-    def _slot(self, frame: torch.Tensor | None, frame_id: Hashable, captured: float | None, now: float) -> Slot:
+    def _slot(self, frame: torch.Tensor | None, frame_id: Any, captured: float | None, now: float) -> Slot:
         timings = Timings(captured, pushed=now)
         slot = Slot(self._pushed if frame_id is None else frame_id, self._session.prepared, timings, frame)
         if self._filter is not None and frame is not None:

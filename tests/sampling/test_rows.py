@@ -3,6 +3,7 @@
 import itertools
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def _draw(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def _exact(scheduler):
+def _exact(scheduler: Any) -> Any:
     """Give a diffusers scheduler our float64 levels, so that parity can be held to float64."""
     products = schedule.alphas_cumprod(scheduler)
     scheduler.alphas_cumprod = products
@@ -116,7 +117,7 @@ def test_ddim_rows_are_diffusers_steps(prediction, spacing, eta, to_one):
 def test_dpm_rows_are_diffusers_steps(prediction, steps, strength, extra):
     config = {**VP, "prediction_type": prediction, **extra}
     table = rows.dpm(config, steps, strength)
-    scheduler = DPMSolverMultistepScheduler.from_config(config)
+    scheduler: Any = DPMSolverMultistepScheduler.from_config(config)
     scheduler.set_timesteps(schedule.steps_for_strength(steps, strength))
     first = len(scheduler.timesteps) - steps
     scheduler.set_begin_index(first)
@@ -135,7 +136,7 @@ def test_flow_rows_are_diffusers_steps(monkeypatch, shift):
     noise = _draw(1, 4, 3, 3, seed=9).float()
     monkeypatch.setattr(scheduling_flow_match_lcm, "randn_tensor", lambda *a, **k: noise)
     for kind, make in ((FlowMatchEulerDiscreteScheduler, rows.euler), (FlowMatchLCMScheduler, rows.flow_lcm)):
-        scheduler = kind(shift=shift)
+        scheduler: Any = kind(shift=shift)
         scheduler.set_timesteps(5)
         table = make(scheduler, 5).to(dtype=torch.float32)
         torch.testing.assert_close(table.timesteps, scheduler.timesteps)
@@ -145,7 +146,7 @@ def test_flow_rows_are_diffusers_steps(monkeypatch, shift):
             expected = scheduler.step(output, t, x).prev_sample
             x, clean = rows.step(table, x, output, _index(i), noise)
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(clean, x, rtol=1e-5, atol=1e-6)
+            assert i < 4 or torch.allclose(clean, x, rtol=1e-5, atol=1e-6)
 
 
 def test_flow_rows_take_the_dynamic_shift():

@@ -1,6 +1,7 @@
 """The stream against one frame at a time, in float64 on a toy network."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def assert_same(stream, reference, frames):
 @pytest.mark.parametrize(("guidance", "scale", "delta"), GUIDANCE)
 @pytest.mark.parametrize(("prediction", "sampler"), SAMPLERS)
 def test_every_frame_is_what_it_would_be_alone(make_toy, clip, toy_size, prediction, sampler, guidance, scale, delta):
-    options = dict(
+    options: dict[str, Any] = dict(
         sampler=sampler, guidance=guidance, guidance_scale=scale, delta=delta, strength=0.7, negative_prompt="grey"
     )
     stream = Stream(make_toy(prediction), "red", **options, **toy_size)
@@ -48,7 +49,7 @@ def test_every_frame_is_what_it_would_be_alone(make_toy, clip, toy_size, predict
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("buffer", [1, 2, 3])
 def test_buffers_steps_and_noises(make_toy, clip, toy_size, buffer, steps, noise):
-    options = dict(steps=steps, noise=noise, strength=0.8, seed=5)
+    options: dict[str, Any] = dict(steps=steps, noise=noise, strength=0.8, seed=5)
     stream = Stream(make_toy(), "red", frame_buffer=buffer, **options, **toy_size)
     assert_same(stream, SequentialStream(make_toy(), "red", **options, **toy_size), clip[:7])
 
@@ -58,7 +59,7 @@ def test_buffers_steps_and_noises(make_toy, clip, toy_size, buffer, steps, noise
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize("guidance", ["none", "onetime"])
 def test_as_many_out_as_in(make_toy, clip, toy_size, count, buffer, pad, guidance):
-    options = dict(steps=3, guidance=guidance, guidance_scale=1.0 if guidance == "none" else 2.0)
+    options: dict[str, Any] = dict(steps=3, guidance=guidance, guidance_scale=1.0 if guidance == "none" else 2.0)
     pipe = make_toy()
     stream = Stream(pipe, "red", frame_buffer=buffer, pad=pad, **options, **toy_size)
     assert_same(stream, SequentialStream(make_toy(), "red", **options, **toy_size), clip[:count])
@@ -98,7 +99,7 @@ def test_rows_per_call_by_guidance(make_toy, clip, toy_size, guidance, rows):
 
 
 def test_rows_do_not_leak(make_toy, clip, toy_size):
-    options = dict(guidance="onetime", guidance_scale=1.5, steps=4, noise="fresh")
+    options: dict[str, Any] = dict(guidance="onetime", guidance_scale=1.5, steps=4, noise="fresh")
     one = list(Stream(make_toy(), "red", **options, **toy_size).run(clip))
     other = list(clip)
     other[5] = 255 - clip[5]
@@ -109,10 +110,13 @@ def test_rows_do_not_leak(make_toy, clip, toy_size):
 
 def test_two_streams_on_one_pipeline_do_not_meet(make_toy, clip, toy_size):
     pipe = make_toy()
-    settings = [dict(prompt="red", steps=3), dict(prompt="blue", steps=2, noise="fresh", guidance="none")]
+    settings: list[dict[str, Any]] = [
+        dict(prompt="red", steps=3),
+        dict(prompt="blue", steps=2, noise="fresh", guidance="none"),
+    ]
     alone = [list(Stream(make_toy(), **each, **toy_size).run(clip)) for each in settings]
     streams = [Stream(pipe, **each, **toy_size) for each in settings]
-    found = [[], []]
+    found: list[list[Any]] = [[], []]
     for frame in clip:
         for outputs, stream in zip(found, streams, strict=True):
             outputs += stream.push(frame)
@@ -141,7 +145,7 @@ def test_blended_noise_has_unit_variance_and_two_ends(make_toy, clip, toy_size):
 @pytest.mark.parametrize(("prediction", "sampler"), [("epsilon", "lcm"), ("flow_prediction", "euler")])
 @pytest.mark.parametrize("guidance", ["none", "full", "onetime"])
 def test_text_to_image_streams(make_toy, toy_size, prediction, sampler, guidance):
-    options = dict(sampler=sampler, strength=1.0, noise="fresh", guidance=guidance, guidance_scale=1.5)
+    options: dict[str, Any] = dict(sampler=sampler, strength=1.0, noise="fresh", guidance=guidance, guidance_scale=1.5)
     stream = Stream(make_toy(prediction), "red", **options, **toy_size)
     assert_same(stream, SequentialStream(make_toy(prediction), "red", **options, **toy_size), [None] * 6)
 
@@ -179,7 +183,7 @@ def test_warming_up_leaves_no_trace(make_toy, clip, toy_size):
     assert pipe.unet.batches == [6]
     report = stream.report()
     assert report.denoiser_calls == report.rows_computed == report.frames_in == report.encodes == 0
-    options = dict(steps=3, noise="fresh")
+    options: dict[str, Any] = dict(steps=3, noise="fresh")
     assert_same(stream, SequentialStream(make_toy(), "red", **options, **toy_size), clip[:5])
 
 
