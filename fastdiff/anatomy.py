@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from fastdiff.acceleration import Unsupported
-from fastdiff.hooks import innermost
+from fastdiff.hooks import MISSING, innermost
 
 PIPELINE_CONFIG = "_internal_dict"
 COMPILED_CALL = "_compiled_call_impl"
@@ -268,8 +268,9 @@ def capture(pipe: Any, height: int, width: int) -> tuple[Any, tuple, dict[str, A
 
 @contextmanager
 def _stopped(denoisers: dict[str, Any], caught: list) -> Iterator[None]:
-    missing = object()
-    before = {name: part.__dict__.get("forward", missing) for name, part in denoisers.items()}
+    # the registry as well: a pipeline that opens a cache context leaves an empty one behind
+    attributes = [(part, name) for part in denoisers.values() for name in ("forward", HOOK_REGISTRY)]
+    before = [part.__dict__.get(name, MISSING) for part, name in attributes]
 
     def stop_at(part: Any):
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -283,11 +284,11 @@ def _stopped(denoisers: dict[str, Any], caught: list) -> Iterator[None]:
             part.__dict__["forward"] = stop_at(part)
         yield
     finally:
-        for name, part in denoisers.items():
-            if before[name] is missing:
-                part.__dict__.pop("forward", None)
+        for (part, name), value in zip(attributes, before, strict=True):
+            if value is MISSING:
+                part.__dict__.pop(name, None)
             else:
-                part.__dict__["forward"] = before[name]
+                part.__dict__[name] = value
 
 
 def _made_up_inputs(pipe: Any, height: int, width: int) -> dict[str, Any]:
