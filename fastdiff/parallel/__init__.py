@@ -1,4 +1,4 @@
-"""Several devices for one picture: who computes which rows, frames, guidance branches or blocks, and what they exchange.
+"""Several devices for one picture: who computes which rows, frames, branches or blocks, and what they exchange.
 
 `communicator` is the seam: `distributed` speaks torch.distributed, `simulator` runs the same code for virtual ranks in
 one process and `clock` says how long their exchange would take. `strips` and `layers` hold the arithmetic, `exchange`

@@ -79,7 +79,7 @@ def check_same_input(communicator: Communicator, x: Tensor) -> None:
     parts = communicator.gather("check", own).wait()
     bits = [int(part.view(torch.int64)) for part in parts.values()]
     if len(set(bits)) > 1:
-        raise Unsupported("ranks were given different inputs; pass the same latents or an equally seeded generator to all")
+        raise Unsupported("ranks were given different inputs; give all the same latents or equally seeded generators")
 
 
 def group_of(groups: int, inner: bool) -> Communicator:

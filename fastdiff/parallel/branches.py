@@ -23,8 +23,8 @@ class BranchParallel(Acceleration):
     """Give each group of ranks a part of the denoiser's batch.
 
     With classifier-free guidance in one batched call, 2 branches put the conditional and the unconditional half on two
-    devices; three-way guidance (image editing) takes 3. For a stream, as many branches as ranks spread its slots. A call
-    with fewer rows than branches runs whole on every rank, and the report says so.
+    devices; three-way guidance (image editing) takes 3. For a stream, as many branches as ranks spread its slots. A
+    call with fewer rows than branches runs whole on every rank, and the report says so.
 
     Args:
         branches: how many parts; the number of ranks must be a multiple. Beside `PatchParallel(groups=branches)`, the
@@ -53,8 +53,7 @@ class BranchParallel(Acceleration):
         if ranks % self.branches and ranks > 1:
             return Verdict(False, f"{ranks} ranks cannot form {self.branches} equal groups")
         if anatomy(pipe).guidance == "separate":
-            reason = "this pipeline calls its denoiser once a branch, one after the other; use PatchParallel or ContextParallel"
-            return Verdict(False, reason)
+            reason = "this pipeline calls its denoiser once a branch; use PatchParallel or ContextParallel"return Verdict(False, reason)
         return Verdict(True, "" if ranks > 1 else "one rank: nothing was installed; launch more with torchrun")
 
     def apply(self, pipe: Any, hooks: Hooks) -> None:

@@ -1,4 +1,4 @@
-"""Clip parallelism: every rank denoises some frames of one long video (Video-Infinity, Tan et al. 2024, arXiv 2406.16260).
+"""Clip parallelism: each rank denoises some frames of a long video (Video-Infinity, Tan et al. 2024, arXiv 2406.16260).
 
 Only layers that look along time talk: convolutions over frames fetch the neighbours' frames, group norms over frames
 merge exactly, and attention over frames sees a window around each frame and a few frames of the whole video. Windows
@@ -35,8 +35,8 @@ class ClipParallel(Acceleration):
         global_frames: frames of the whole video, spread evenly, that every frame sees as well; 0 for none.
         positions: "video" counts frames through the whole video (needs a motion module made for so many); "clip" begins
             anew on each rank, for videos longer than the motion module knows.
-        turn: timestep from which on (noisier) `global_bias` is added to the attention scores of global frames, and below
-            which `local_bias` is added to those of the window.
+        turn: timestep from which on (noisier) `global_bias` is added to the attention scores of global frames, and
+            below which `local_bias` is added to those of the window.
         local_bias, global_bias: see `turn`; 0 leaves the scores as they are.
     """
 

@@ -101,7 +101,9 @@ def _send(event: Event, rank: int, leave: float, network: Network, arrivals: dic
     return leave
 
 
-def _receive(rank: int, operation: int, expected: dict[int, Event], due: dict[int, list[float]], arrivals: dict) -> bool:
+def _receive(
+    rank: int, operation: int, expected: dict[int, Event], due: dict[int, list[float]], arrivals: dict
+) -> bool:
     """Assign arrivals to this rank's operations in the order they were started, up to `operation`."""
     for number in sorted(expected):
         event = expected[number]

@@ -202,7 +202,9 @@ class Communicator:
         if like.requires_grad or any(tensor.requires_grad for tensor in sends.values()):
             raise RuntimeError("ranks exchange values, not gradients: run the model under torch.no_grad()")
         sends = {rank: tensor.contiguous() for rank, tensor in sends.items()}
-        received = {rank: torch.empty(tuple(shape), dtype=like.dtype, device=like.device) for rank, shape in receives.items()}
+        received = {
+            rank: torch.empty(tuple(shape), dtype=like.dtype, device=like.device) for rank, shape in receives.items()
+        }
         self.traffic.count(kind, _bytes(sends.values()), _bytes(received.values()))
         work = self._begin(sends, received, everybody)
         if everybody:

@@ -1,4 +1,4 @@
-"""Sequence parallelism for the transformers that diffusers can split: diffusers does it, this switches it on and off."""
+"""Sequence parallelism for the transformers that diffusers can split: it does the work, this switches it on and off."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -41,12 +41,16 @@ class ContextParallel(Acceleration):
     def supports(self, pipe: Any) -> Verdict:
         for name, denoiser in anatomy(pipe).denoisers.items():
             if context_plan(denoiser) is None:
-                return Verdict(False, f"diffusers has no plan to split {name} ({type(denoiser).__name__}); use PatchParallel")
+                return Verdict(
+                    False, f"diffusers has no plan to split {name} ({type(denoiser).__name__}); use PatchParallel"
+                )
             if parallel_config(denoiser) is not None:
                 return Verdict(False, f"{name} runs in parallel already")
             heads = getattr(denoiser.config, "num_attention_heads", None)
             if self.mode == "ulysses" and heads and heads % current().size:
-                return Verdict(False, f"{name} has {heads} heads, not divisible by {current().size} ranks; use mode='ring'")
+                return Verdict(
+                    False, f"{name} has {heads} heads, not divisible by {current().size} ranks; use mode='ring'"
+                )
         if current().size == 1:
             return Verdict(True, "one rank: nothing was installed; launch more with torchrun")
         if not torch.accelerator.device_count():

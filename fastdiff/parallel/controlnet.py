@@ -16,7 +16,16 @@ from fastdiff.acceleration import Acceleration, Verdict, check_number
 from fastdiff.hooks import Hooks
 from fastdiff.parallel.communicator import Communicator, Pending, current
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+_DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,9 @@ class _Link:
         body = torch.cat((header, payload))
         while self.leaving:
             self.leaving.pop().wait()
-        self.leaving = [self.communicator.exchange("controlnet", {self.peer: part}, {}, part) for part in (lengths, body)]
+        self.leaving = [
+            self.communicator.exchange("controlnet", {self.peer: part}, {}, part) for part in (lengths, body)
+        ]
 
     def receive(self) -> Any:
         """Wait for a tree."""
@@ -132,7 +143,7 @@ class _Link:
 
 
 class _Client:
-    """Stands in for a ControlNet's forward: sends the inputs at once and answers with residuals that are on their way."""
+    """Stands in for a ControlNet's forward: sends the inputs at once, answers with residuals that are on their way."""
 
     def __init__(self, communicator: Communicator, peer: int, hooks: Hooks):
         self.communicator = communicator

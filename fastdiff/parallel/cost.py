@@ -103,7 +103,9 @@ class Prediction:
     fits: bool
 
     def __str__(self) -> str:
-        label = "measured speed" if self.low_s == self.high_s else f"prediction, {self.low_s:.3g} to {self.high_s:.3g} s"
+        label = (
+            "measured speed" if self.low_s == self.high_s else f"prediction, {self.low_s:.3g} to {self.high_s:.3g} s"
+        )
         size = f"{self.memory_bytes / 2**30:.2f} GiB" + ("" if self.fits else ", does not fit")
         return (
             f"{self.candidate.name:<24}{self.latency_s:>10.4g} s  ({label})  {self.exposed:>4.0%} waiting  "

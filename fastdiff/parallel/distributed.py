@@ -4,12 +4,14 @@ import datetime
 import faulthandler
 import os
 import tempfile
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ class TorchCommunicator(Communicator):
     `world()` gives the communicator of the default group, the same object every time while the group lives.
     """
 
-    _worlds: "weakref.WeakKeyDictionary[Any, TorchCommunicator]" = weakref.WeakKeyDictionary()
+    _worlds: "ClassVar[weakref.WeakKeyDictionary[Any, TorchCommunicator]]" = weakref.WeakKeyDictionary()
 
     def __init__(self, group: Any):
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
@@ -120,7 +122,7 @@ class TorchCommunicator(Communicator):
 
 
 def launch(
-    function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 60, threads: int = 1
+    function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 60, threads: int = 1, start_s: float = 300
 ) -> list[Any]:
     """Run `function(communicator, *args)` in `ranks` new processes of this machine (gloo) and return their results.
 
@@ -128,8 +130,9 @@ def launch(
         function: importable by name, as everything that is sent to another process.
         ranks: how many processes.
         args: picklable arguments.
-        timeout_s: after this every process prints where it stands and is ended.
+        timeout_s: from when all have started; after this every process prints where it stands and is ended.
         threads: torch threads of each process.
+        start_s: how long starting may take, which is mostly importing and slow on a busy machine.
 
     Returns:
         One result a rank; a rank that raised gives its exception instead.
@@ -139,13 +142,20 @@ def launch(
     """
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        common = (function, ranks, folder, timeout_s, threads, args)
-        workers = [context.Process(target=_serve, args=(rank, *common), daemon=True) for rank in range(ranks)]
+        workers, starts = [], []
+        for rank in range(ranks):
+            mine, theirs = context.Pipe(duplex=False)
+            common = (theirs, function, ranks, folder, timeout_s, threads, args)
+            workers.append(context.Process(target=_serve, args=(rank, *common), daemon=True))
+            starts.append(mine)
+            workers[-1].start()
+            theirs.close()
+        deadline = time.monotonic() + start_s
+        for worker, start in zip(workers, starts, strict=True):
+            wait([start, worker.sentinel], max(0.0, deadline - time.monotonic()))
+        deadline = time.monotonic() + timeout_s
         for worker in workers:
-            worker.start()
-        deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout_s)
-        for worker in workers:
-            worker.join(max(0.0, (deadline - datetime.datetime.now()).total_seconds()))
+            worker.join(max(0.0, deadline - time.monotonic()))
         late = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
         for rank in late:
             workers[rank].kill()
@@ -155,12 +165,12 @@ def launch(
         return [_result(folder, rank, worker.exitcode) for rank, worker in enumerate(workers)]
 
 
-def connect(folder: str | Path, rank: int, ranks: int, timeout_s: float = 60) -> TorchCommunicator:
+def connect(folder: str | Path, rank: int, ranks: int, timeout_s: float = 300) -> TorchCommunicator:
     """Join a gloo group of this machine whose ranks meet in `folder`; a folder serves one group only."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(Path(folder) / "store"), ranks)
-    wait = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=wait)
+    longest = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=longest)
     return TorchCommunicator.world()
 
 
@@ -172,12 +182,13 @@ def disconnect() -> None:
 
 
 def _serve(
-    rank: int, function: Callable, ranks: int, folder: str, timeout_s: float, threads: int, args: tuple
+    rank: int, started: Any, function: Callable, ranks: int, folder: str, timeout_s: float, threads: int, args: tuple
 ) -> None:
-    faulthandler.dump_traceback_later(max(1.0, timeout_s - 2), exit=True)
     torch.set_num_threads(threads)
     try:
-        communicator = connect(folder, rank, ranks, timeout_s)
+        communicator = connect(folder, rank, ranks)
+        started.send(rank)
+        faulthandler.dump_traceback_later(max(1.0, timeout_s - 2), exit=True)
         with using(communicator):
             result = function(communicator, *args)
         communicator.drain()

@@ -124,7 +124,9 @@ class Pass:
         if height not in self.levels:
             own = self.strips.heights[self.rank]
             if height % own:
-                raise Unsupported(f"features of {height} rows appeared in a strip of {own} rows, which is no level of it")
+                raise Unsupported(
+                    f"features of {height} rows appeared in a strip of {own} rows, which is no level of it"
+                )
             self.levels[height] = self.strips.scaled(height // own)
         return self.levels[height]
 
@@ -146,7 +148,13 @@ class Pass:
         return self.history.memories.setdefault((layer, number), Memory())
 
     def extend(
-        self, layer: str, kind: str, x: Tensor, dim: int, strips: Strips, needs: Sequence[Range],
+        self,
+        layer: str,
+        kind: str,
+        x: Tensor,
+        dim: int,
+        strips: Strips,
+        needs: Sequence[Range],
         fresh_needs: Sequence[Range] | None = None,
     ) -> tuple[Tensor, int]:
         """Put other ranks' rows around this rank's own.
@@ -176,7 +184,9 @@ class Pass:
             memory.known = {}
         return self._assemble(x, dim, strips, needs[self.rank], known)
 
-    def share(self, layer: str, kind: str, x: Tensor, follow: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+    def share(
+        self, layer: str, kind: str, x: Tensor, follow: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> list[Tensor]:
         """Every rank's `x` in rank order, this rank's own as it is now.
 
         In a forward that is not fresh the others' come from the last step, corrected by

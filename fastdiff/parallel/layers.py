@@ -30,7 +30,9 @@ def kernel_of(module: nn.Module, dim: int = -2) -> Kernel:
     return Kernel(size, stride, padding, padding, dilation)
 
 
-def convolve(module: nn.Module, x: Tensor, first: int, rows: int, kernel: Kernel, produces: Range, dim: int = -2) -> Tensor:
+def convolve(
+    module: nn.Module, x: Tensor, first: int, rows: int, kernel: Kernel, produces: Range, dim: int = -2
+) -> Tensor:
     """Apply a convolution to consecutive rows so that it gives exactly the output rows `produces`.
 
     Args:

@@ -5,6 +5,7 @@ loading, Li et al. 2024, arXiv 2407.02031, made repeatable: *when* it takes effe
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +34,7 @@ class LateLora(Acceleration):
 
     stage: ClassVar[str] = "devices"
 
-    path: str
+    path: str = ""
     step: int = 2
     scale: float = 1.0
 
@@ -49,6 +50,8 @@ class LateLora(Acceleration):
     def supports(self, pipe: Any) -> Verdict:
         if not hasattr(pipe, "lora_state_dict"):
             return Verdict(False, f"{type(pipe).__name__} reads no LoRA files")
+        if not Path(self.path).exists() or not self.path:
+            return Verdict(False, f"{self.path or 'the empty path'} is no file or folder; give the path of a LoRA")
         if len(anatomy(pipe).denoisers) > 1:
             return Verdict(False, "this pipeline has several denoisers, and a file does not say which one it is for")
         return Verdict(True)

@@ -237,7 +237,7 @@ class _Denoiser:
 
 
 def balanced(heights: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...]:
-    """Shares of the rows that would have made all ranks busy for the same time, given how long each took for its own."""
+    """Shares of the rows that would have kept all ranks busy equally long, given how long each took for its own."""
     return tuple(rows / max(second, 1e-9) for rows, second in zip(heights, seconds, strict=True))
 
 

@@ -18,9 +18,7 @@ class Measurement:
 
 
 MEASUREMENTS = (
-    Measurement(
-        "Flux-dev 1024, 28 steps, H100, Ulysses", ((1, 4.30), (2, 2.68), (4, 1.63)), "xDiT performance pages"
-    ),
+    Measurement("Flux-dev 1024, 28 steps, H100, Ulysses", ((1, 4.30), (2, 2.68), (4, 1.63)), "xDiT performance pages"),
     Measurement(
         "HunyuanVideo 720p 129 frames, H20", ((1, 6639), (2, 3401), (4, 1763), (8, 941)), "HunyuanVideo and xDiT pages"
     ),

@@ -314,7 +314,6 @@ class _PatchEmbedding(_Rule):
         return tokens[:, low * width : high * width]
 
 
-
 @contextmanager
 def _answering(module: Any, **answers: Any) -> Iterator[None]:
     """Let submodules answer with other functions inside the block; whatever adapter wraps them takes part."""

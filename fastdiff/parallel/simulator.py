@@ -89,7 +89,9 @@ class VirtualCommunicator(Communicator):
             if self.rank in part:
                 ranks = [self._members[rank] for rank in part]
                 name = f"{self._name}/{self._groups}.{number}"
-                return self._adopt(VirtualCommunicator(list(part).index(self.rank), ranks, self._shared, name, self._top))
+                return self._adopt(
+                    VirtualCommunicator(list(part).index(self.rank), ranks, self._shared, name, self._top)
+                )
         raise ValueError(f"rank {self.rank} is in none of the groups {list(members)}")
 
     def fail(self, error: BaseException) -> None:
@@ -149,7 +151,9 @@ class VirtualCommunicator(Communicator):
         if letter in shared.letters:
             return shared.letters.pop(letter)
         if not shared.failure:
-            shared.failure = f"rank {self._own} waits for rank {letter[1]}, which sends nothing: the ranks' order differs"
+            shared.failure = (
+                f"rank {self._own} waits for rank {letter[1]}, which sends nothing: the ranks' order differs"
+            )
             shared.turn.notify_all()
         self.broken = shared.failure
         raise RankFailed(shared.failure)

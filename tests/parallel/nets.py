@@ -18,7 +18,7 @@ from fastdiff.parallel.simulator import Run, Simulator, replica
 
 
 class Denoise(DiffusionPipeline):
-    """Calls its denoiser `steps` times, each time with the last output added to the input."""
+    """Calls its denoiser `steps` times, each time with `rate` of the last output added to the input."""
 
     def __init__(self, unet: Any, controlnet: Any = None):
         super().__init__()
@@ -38,8 +38,8 @@ class Denoise(DiffusionPipeline):
                 down, middle = self.controlnet(**arguments, controlnet_cond=control, return_dict=False)
                 extra = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
             output = self.unet(**arguments, **extra).sample
-            # transformers may return a variance as well
-            arguments[name] = arguments[name] + rate * output[:, : arguments[name].shape[1]]
+            if rate:
+                arguments[name] = arguments[name] + rate * output
         return output
 
 

@@ -74,7 +74,11 @@ def test_following_unchanged_statistics_changes_nothing_and_never_goes_negative(
     then, own = torch.rand(2, 4, 2), torch.rand(2, 4, 2)
     assert torch.equal(layers.follow(then, own, own), then)
     empty = torch.zeros_like(own)
-    for moved in (layers.follow(then, own, 1e6 * own), layers.follow(then, empty, own), layers.follow(then, own, empty)):
+    for moved in (
+        layers.follow(then, own, 1e6 * own),
+        layers.follow(then, empty, own),
+        layers.follow(then, own, empty),
+    ):
         assert moved.isfinite().all()
         assert (moved[..., 1] >= 0).all()
 

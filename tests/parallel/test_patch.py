@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.parallel.nets import NETS, Denoise, controlnet, inputs, largest, sd, simulate
 
 import fastdiff
 from fastdiff.parallel.communicator import Alone, using
 from fastdiff.parallel.patch import PatchParallel, balanced
 from fastdiff.parallel.simulator import Simulator, replica
+from tests.parallel.nets import NETS, Denoise, controlnet, inputs, largest, sd, simulate
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 5e-3}
 
