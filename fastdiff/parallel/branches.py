@@ -53,7 +53,8 @@ class BranchParallel(Acceleration):
         if ranks % self.branches and ranks > 1:
             return Verdict(False, f"{ranks} ranks cannot form {self.branches} equal groups")
         if anatomy(pipe).guidance == "separate":
-            reason = "this pipeline calls its denoiser once a branch; use PatchParallel or ContextParallel"return Verdict(False, reason)
+            reason = "this pipeline calls its denoiser once a branch; use PatchParallel or ContextParallel"
+            return Verdict(False, reason)
         return Verdict(True, "" if ranks > 1 else "one rank: nothing was installed; launch more with torchrun")
 
     def apply(self, pipe: Any, hooks: Hooks) -> None:

@@ -30,7 +30,7 @@ class TorchCommunicator(Communicator):
     `world()` gives the communicator of the default group, the same object every time while the group lives.
     """
 
-    _worlds: "ClassVar[weakref.WeakKeyDictionary[Any, TorchCommunicator]]" = weakref.WeakKeyDictionary()
+    _worlds: ClassVar[weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
 
     def __init__(self, group: Any):
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
