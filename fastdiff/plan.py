@@ -17,6 +17,13 @@ MEMBERS = {
     "TinyDecoder": "fastdiff.runtime.tiny_decoder",
     "DiffusersCache": "fastdiff.caching.diffusers_cache",
     "PromptCache": "fastdiff.runtime.prompt_cache",
+    "PatchParallel": "fastdiff.parallel.patch",
+    "BranchParallel": "fastdiff.parallel.branches",
+    "DecoderParallel": "fastdiff.parallel.decoder",
+    "ClipParallel": "fastdiff.parallel.clip",
+    "ContextParallel": "fastdiff.parallel.context",
+    "LateLora": "fastdiff.parallel.lora",
+    "RemoteControlNet": "fastdiff.parallel.controlnet",
     "Compile": "fastdiff.runtime.compile",
 }
 """Every acceleration by class name and the module it lives in, in the order of their stages. One line adds one."""

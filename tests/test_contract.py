@@ -87,8 +87,10 @@ def _acceleration(pipe: Any, kind: str, example: str) -> Any:
 def _able(name: str, kind: str, example: str) -> tuple[Any, Any]:
     pipe = _pipe(name)
     one = _acceleration(pipe, kind, example)
-    if not one.supports(pipe):
-        pytest.skip(f"refused: {one.supports(pipe).reason}")
+    verdict = one.supports(pipe)
+    # what needs several ranks is held to this in tests/parallel, on virtual ones
+    if not verdict or verdict.reason.startswith("one rank"):
+        pytest.skip(f"refused: {verdict.reason}")
     return pipe, one
 
 

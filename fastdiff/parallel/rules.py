@@ -26,7 +26,7 @@ _UNCUTTABLE = (
     "FirUpsample2D", "FirDownsample2D", "KUpsample2D", "KDownsample2D", "AdaGroupNorm", "SpatialNorm",
     "GatedSelfAttentionDense",
 )  # fmt: skip
-_ROTARY = ("rotary", "rope", "posembednd")
+_ROTARY = ("rotary", "rope", "posembed")
 # leaves that treat every place of the picture alike
 _POINTWISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.Embedding, nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh,

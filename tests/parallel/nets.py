@@ -20,9 +20,9 @@ from fastdiff.parallel.simulator import Run, Simulator, replica
 class Denoise(DiffusionPipeline):
     """Calls its denoiser `steps` times, each time with `rate` of the last output added to the input."""
 
-    def __init__(self, unet: Any, controlnet: Any = None):
+    def __init__(self, unet: Any, controlnet: Any = None, vae: Any = None):
         super().__init__()
-        self.register_modules(unet=unet, controlnet=controlnet)
+        self.register_modules(unet=unet, controlnet=controlnet, vae=vae)
 
     @torch.no_grad()
     def __call__(self, steps: int = 1, rate: float = 0.0, fail: Any = None, **arguments: Any) -> torch.Tensor:

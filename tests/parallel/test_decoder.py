@@ -13,9 +13,7 @@ from tests.parallel.nets import Denoise, awake, largest, sd, vae
 
 
 def _pipe(part: Any) -> Denoise:
-    pipe = Denoise(sd())
-    pipe.register_modules(vae=part)
-    return pipe
+    return Denoise(sd(), vae=part)
 
 
 @torch.no_grad()

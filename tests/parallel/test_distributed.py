@@ -67,8 +67,7 @@ def _remote(communicator: Communicator) -> tuple[torch.Tensor, Any]:
 
 
 def _decoder(communicator: Communicator) -> tuple[torch.Tensor, Any]:
-    pipe = Denoise(sd())
-    pipe.register_modules(vae=replica(vae()))
+    pipe = Denoise(sd(), vae=replica(vae()))
     before = communicator.traffic.copy()
     torch.manual_seed(3)
     with torch.no_grad(), fastdiff.accelerate(pipe, DecoderParallel()):

@@ -35,7 +35,8 @@ def test_uneven_strips_and_odd_heights(rows: int, shares: tuple[float, ...]):
     pipe = Denoise(sd(3).double())
     arguments = inputs("sd", rows=32 if len(shares) == 3 and rows == 16 else rows, dtype=torch.float64)
     truth = pipe(**arguments)
-    assert largest(simulate(pipe, PatchParallel(shares=shares), len(shares) or 2, **arguments), truth) < 1e-13
+    run = simulate(pipe, PatchParallel(shares=shares), len(shares) or 2, **arguments)
+    assert largest(run, truth) < 1e-13 * truth.abs().max()
 
 
 def test_one_rank_installs_nothing():
