@@ -24,6 +24,7 @@ from torch import Tensor
 import fastdiff
 from benchmarks.full_size import SDXL_TURBO, build
 from benchmarks.record import Record, Row, could_not_run
+from fastdiff.anatomy import capture
 from fastdiff.miniature import detector, path, untrained, world
 from fastdiff.parallel.communicator import Communicator, using
 from fastdiff.parallel.inventory import take
@@ -199,7 +200,7 @@ def efficiency_suite(place: "Place") -> Iterator[Row]:
         pipe = build(architecture, place.device, place.dtype)
         for scale in (1, 2):
             size = architecture.size * scale
-            arguments = fastdiff.anatomy.capture(pipe, size, size)[2]
+            arguments = capture(pipe, size, size)[2]
             whole = None
             for ranks in (1, 2, 4, 8):
                 name = f"{architecture.name} {size}px 1/{ranks} of the rows"

@@ -65,7 +65,7 @@ class ContextParallel(Acceleration):
         hooks.counter.expects = "nothing"
         if ranks == 1:
             return
-        config = {f"{self.mode}_degree": ranks}
+        config: dict[str, Any] = {f"{self.mode}_degree": ranks}
         for name, denoiser in anatomy(pipe).denoisers.items():
             try:
                 denoiser.enable_parallelism(config=ContextParallelConfig(**config))

@@ -212,7 +212,7 @@ def _later(shapes: Any, answer: _Answer) -> Any:
 
     def promise(shape: Tensor) -> Tensor:
         number = next(numbers)
-        later = Tensor._make_subclass(_Later, shape)
+        later: Any = Tensor._make_subclass(_Later, shape)
         later.__dict__["fetch"] = lambda: _tensors(answer.get())[number]
         return later
 

@@ -55,7 +55,7 @@ class Memory:
         return waiting + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-@dataclass
+@dataclass(eq=False)
 class History:
     """The memories of one request, guidance branch and shape, and how many forwards they have seen."""
 
@@ -194,7 +194,7 @@ class Pass:
         """
         memory = self.memory(layer)
         memory.settle()
-        everybody = dict.fromkeys(range(self.communicator.size), (0, 0))
+        everybody: dict[int, Range] = dict.fromkeys(range(self.communicator.size), (0, 0))
         if self.fresh or not memory.ready:
             memory.expect(self.communicator.gather(kind, x), everybody, x)
             memory.settle()

@@ -122,7 +122,8 @@ def take(denoiser: Any, arguments: dict[str, Any], dtype: torch.dtype | None = N
         arguments: of its forward, the sample first; tensors on any device, only their shapes matter.
         dtype: of the count; the denoiser's own if not given.
     """
-    dtype = dtype or denoiser.dtype
+    dtype = denoiser.dtype if dtype is None else dtype
+    assert dtype is not None
     with torch.device("meta"):
         twin = type(denoiser).from_config(denoiser.config).to(dtype).eval()
     moved = _moved(arguments, dtype)

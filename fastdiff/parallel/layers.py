@@ -5,6 +5,7 @@ Plain tensor functions without communication. `x` has its rows at dimension -2 (
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fastdiff.parallel.strips import Kernel, Range
 
 
-def kernel_of(module: nn.Module, dim: int = -2) -> Kernel:
+def kernel_of(module: Any, dim: int = -2) -> Kernel:
     """The geometry of a convolution or average pool along dimension `dim` (-2: height; -3: frames).
 
     Raises:
@@ -30,9 +31,7 @@ def kernel_of(module: nn.Module, dim: int = -2) -> Kernel:
     return Kernel(size, stride, padding, padding, dilation)
 
 
-def convolve(
-    module: nn.Module, x: Tensor, first: int, rows: int, kernel: Kernel, produces: Range, dim: int = -2
-) -> Tensor:
+def convolve(module: Any, x: Tensor, first: int, rows: int, kernel: Kernel, produces: Range, dim: int = -2) -> Tensor:
     """Apply a convolution to consecutive rows so that it gives exactly the output rows `produces`.
 
     Args:

@@ -6,6 +6,7 @@ they computed one step earlier (DistriFusion, Li et al. 2024, arXiv 2402.19481),
 2024, arXiv 2412.02962).
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -102,12 +103,15 @@ class PatchParallel(Acceleration):
             hooks.counter.expects = "nothing"
             return
         parts = anatomy(pipe)
+        # histories live in their requests; this only looks at those that are still there
+        histories: weakref.WeakSet[History] = weakref.WeakSet()
         for denoiser in parts.denoisers.values():
             rules, cut = find(denoiser), Cut()
             rules.install(hooks, cut)
             wrapper = _Denoiser(self, denoiser, rules, cut, communicator, hooks, parts.guidance == "separate")
+            wrapper.histories = histories
             hooks.wrap(denoiser, "forward", wrapper)
-        hooks.counter.held = lambda: _held(hooks)
+        hooks.counter.held = lambda: sum(history.nbytes for history in histories)
         guard_call(hooks, pipe, communicator)
 
 
@@ -132,6 +136,7 @@ class _Denoiser:
         self.hooks = hooks
         self.separate = separate
         self.multiple = granularity(denoiser)
+        self.histories: weakref.WeakSet[History] = weakref.WeakSet()
         self.shares: Sequence[float] = settings.shares or (1.0,) * communicator.size
 
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +189,9 @@ class _Denoiser:
         branch = request.branch
         if branch is None and self.separate:
             branch = tuple(float(tensor.double().sum()) for tensor in conditioning(arguments))
-        return request.state(("patch", id(self), branch, tuple(sample.shape), strips.bounds), History)
+        history = request.state(("patch", id(self), branch, tuple(sample.shape), strips.bounds), History)
+        self.histories.add(history)
+        return history
 
     def _wants_fresh(self, history: History | None) -> bool:
         if history is None or history.forwards <= self.settings.warmup:
@@ -268,8 +275,3 @@ def _cut_residuals(value: Any, strips: Strips, rank: int) -> Any:
         low, high = strips.level(value.shape[-2]).own(rank)
         return value[..., low:high, :]
     return type(value)(_cut_residuals(part, strips, rank) for part in value)
-
-
-def _held(hooks: Hooks) -> int:
-    request = hooks.requests.current()
-    return 0 if request is None else sum(history.nbytes for history in request.states("patch"))

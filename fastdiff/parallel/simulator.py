@@ -233,8 +233,11 @@ def replica(pipe: Any) -> Any:
 
     if isinstance(pipe, diffusers.DiffusionPipeline):
         twin = copy.copy(pipe)
-        for name, part in pipe.components.items():
-            twin.__dict__[name] = replica(part) if isinstance(part, torch.nn.Module) else copy.deepcopy(part)
+        for name, part in list(vars(pipe).items()):
+            if isinstance(part, torch.nn.Module):
+                twin.__dict__[name] = replica(part)
+            elif name == "scheduler":
+                twin.__dict__[name] = copy.deepcopy(part)
         return twin
     shared = [*pipe.parameters(), *pipe.buffers()]
     return copy.deepcopy(pipe, {id(tensor): tensor for tensor in shared})

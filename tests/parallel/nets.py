@@ -20,7 +20,7 @@ from fastdiff.parallel.simulator import Run, Simulator, replica
 class Denoise(DiffusionPipeline):
     """Calls its denoiser `steps` times, each time with `rate` of the last output added to the input."""
 
-    def __init__(self, unet: Any, controlnet: Any = None, vae: Any = None):
+    def __init__(self, unet: Any, controlnet: Any, vae: Any):
         super().__init__()
         self.register_modules(unet=unet, controlnet=controlnet, vae=vae)
 
@@ -43,6 +43,10 @@ class Denoise(DiffusionPipeline):
         return output
 
 
+def pipeline(unet: Any, controlnet: Any = None, vae: Any = None) -> Denoise:
+    return Denoise(unet, controlnet, vae)
+
+
 def awake(module: torch.nn.Module) -> Any:
     """Fill parameters that are born zero, or half of the model would have no effect."""
     for parameter in module.parameters():
@@ -51,7 +55,7 @@ def awake(module: torch.nn.Module) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def sd(levels: int = 2) -> UNet2DConditionModel:
+def sd(levels: int = 2) -> Any:
     torch.manual_seed(0)
     down = ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",)
     up = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1)
@@ -71,7 +75,7 @@ def sd(levels: int = 2) -> UNet2DConditionModel:
     )
 
 
-def sdxl() -> UNet2DConditionModel:
+def sdxl() -> Any:
     torch.manual_seed(0)
     return awake(
         UNet2DConditionModel(
@@ -82,9 +86,9 @@ def sdxl() -> UNet2DConditionModel:
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2),
+            transformer_layers_per_block=(1, 2),  # type: ignore[arg-type]
             cross_attention_dim=16,
-            attention_head_dim=(2, 4),
+            attention_head_dim=(2, 4),  # type: ignore[arg-type]
             norm_num_groups=4,
             use_linear_projection=True,
             addition_embed_type="text_time",
@@ -94,7 +98,7 @@ def sdxl() -> UNet2DConditionModel:
     )
 
 
-def svd() -> UNetSpatioTemporalConditionModel:
+def svd() -> Any:
     torch.manual_seed(0)
     return awake(
         UNetSpatioTemporalConditionModel(
@@ -113,7 +117,7 @@ def svd() -> UNetSpatioTemporalConditionModel:
     )
 
 
-def motion() -> UNetMotionModel:
+def motion() -> Any:
     torch.manual_seed(0)
     return awake(
         UNetMotionModel(
@@ -134,7 +138,7 @@ def motion() -> UNetMotionModel:
     )
 
 
-def dit(layers: int = 3) -> PixArtTransformer2DModel:
+def dit(layers: int = 3) -> Any:
     torch.manual_seed(0)
     return awake(
         PixArtTransformer2DModel(
@@ -153,18 +157,18 @@ def dit(layers: int = 3) -> PixArtTransformer2DModel:
     )
 
 
-def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+def controlnet(unet: Any) -> Any:
     torch.manual_seed(1)
     return awake(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16)))
 
 
-def vae() -> AutoencoderKL:
+def vae() -> Any:
     torch.manual_seed(0)
     return awake(
         AutoencoderKL(
-            block_out_channels=(16, 32),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(16, 32),  # type: ignore[arg-type]
+            down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+            up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
             latent_channels=4,
             norm_num_groups=4,
             layers_per_block=1,

@@ -15,7 +15,7 @@ from fastdiff.parallel.communicator import RankFailed
 from fastdiff.parallel.controlnet import RemoteControlNet, serve
 from fastdiff.parallel.lora import LateLora, deltas
 from fastdiff.parallel.simulator import Simulator, replica
-from tests.parallel.nets import Denoise, controlnet, inputs, sd
+from tests.parallel.nets import controlnet, inputs, pipeline, sd
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -133,7 +133,7 @@ def test_wrong_files_are_named(pipe: Any, path: str, tmp_path: Path):
 
 
 def test_the_denoiser_does_not_wait_for_residuals_before_it_adds_them():
-    pipe = Denoise(sd(), controlnet(sd()))
+    pipe = pipeline(sd(), controlnet(sd()))
     arguments = {**inputs("sd"), "controlnet_cond": torch.rand(1, 3, 32, 32)}
     truth = pipe(steps=3, rate=0.1, **arguments)
     assert not torch.equal(truth, pipe(steps=3, rate=0.1, **inputs("sd")))
@@ -164,7 +164,7 @@ def test_the_denoiser_does_not_wait_for_residuals_before_it_adds_them():
 
 
 def test_a_failing_controlnet_ends_both_sides():
-    pipe = Denoise(sd(), controlnet(sd()))
+    pipe = pipeline(sd(), controlnet(sd()))
 
     def one(communicator):
         twin = replica(pipe)

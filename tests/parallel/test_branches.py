@@ -7,11 +7,11 @@ import fastdiff
 from fastdiff.miniature import untrained
 from fastdiff.parallel.branches import BranchParallel
 from fastdiff.parallel.patch import PatchParallel
-from tests.parallel.nets import Denoise, inputs, largest, sd, sdxl, simulate
+from tests.parallel.nets import inputs, largest, pipeline, sd, sdxl, simulate
 
 
 def test_two_branches_are_two_calls_bit_for_bit():
-    pipe, arguments = Denoise(sdxl()), inputs("sdxl", batch=2)
+    pipe, arguments = pipeline(sdxl()), inputs("sdxl", batch=2)
     run = simulate(pipe, BranchParallel(), 2, **arguments)
     rows = [_row(arguments, row) for row in range(2)]
     apart = torch.cat([pipe(**row) for row in rows])
@@ -29,7 +29,7 @@ def _row(value, row: int):
 
 
 def test_slots_of_a_stream_and_strips_of_branches():
-    pipe, arguments = Denoise(sd()), inputs("sd", batch=3)
+    pipe, arguments = pipeline(sd()), inputs("sd", batch=3)
     arguments["timestep"] = torch.tensor([3, 400, 900])
     assert largest(simulate(pipe, BranchParallel(2), 2, **arguments), pipe(**arguments)) < 5e-6
     arguments = inputs("sd", batch=2)
@@ -38,7 +38,7 @@ def test_slots_of_a_stream_and_strips_of_branches():
 
 
 def test_fewer_rows_than_branches_run_whole_and_the_report_says_so():
-    pipe, arguments = Denoise(sd()), inputs("sd")
+    pipe, arguments = pipeline(sd()), inputs("sd")
     from fastdiff.parallel.simulator import Simulator, replica
 
     def one(communicator):
@@ -73,4 +73,4 @@ def test_a_whole_pipeline_with_guidance():
 
 def test_ranks_that_do_not_divide_are_refused():
     with pytest.raises(fastdiff.Unsupported, match="3 ranks cannot form 2"):
-        simulate(Denoise(sd()), BranchParallel(), 3, **inputs("sd"))
+        simulate(pipeline(sd()), BranchParallel(), 3, **inputs("sd"))

@@ -13,7 +13,7 @@ from fastdiff.parallel.patch import PatchParallel
 from fastdiff.parallel.probe import probe
 from fastdiff.parallel.published import SDXL_TENSORRT, fit, table
 from fastdiff.parallel.simulator import Simulator, replica
-from tests.parallel.nets import Denoise, inputs, sd
+from tests.parallel.nets import inputs, pipeline, sd
 
 STEPS, WARMUP = 4, 1
 
@@ -31,7 +31,7 @@ def _options() -> list[Candidate]:
 @pytest.fixture(scope="module")
 def recorded() -> dict[Candidate, Any]:
     """Every candidate run once on virtual ranks; what each computed and sent."""
-    pipe = Denoise(sd())
+    pipe = pipeline(sd())
 
     def one(communicator, plan):
         twin = replica(pipe)
@@ -66,7 +66,7 @@ def test_the_choice_is_within_ten_percent_of_the_best(inventory: Inventory, reco
 
 def test_strips_follow_unequal_devices(recorded: dict[Candidate, Any]):
     """One device half as fast: two thirds of the rows on the fast one take 1.5 times less than halves."""
-    pipe = Denoise(sd())
+    pipe = pipeline(sd())
 
     def one(communicator, shares):
         twin = replica(pipe)

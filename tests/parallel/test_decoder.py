@@ -9,11 +9,11 @@ from diffusers import AutoencoderTiny
 import fastdiff
 from fastdiff.parallel.decoder import DecoderParallel
 from fastdiff.parallel.simulator import Run, Simulator, replica
-from tests.parallel.nets import Denoise, awake, largest, sd, vae
+from tests.parallel.nets import awake, largest, pipeline, sd, vae
 
 
-def _pipe(part: Any) -> Denoise:
-    return Denoise(sd(), vae=part)
+def _pipe(part: Any) -> Any:
+    return pipeline(sd(), vae=part)
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def test_rows_decode_to_the_untiled_picture(ranks: int, rows: int):
 
 @torch.no_grad()
 def test_the_tiny_autoencoder_and_the_encoder():
-    sizes = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    sizes: dict[str, Any] = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
     tiny = awake(AutoencoderTiny(**sizes, num_encoder_blocks=(0, 1, 1), num_decoder_blocks=(1, 1, 1)))
     z = torch.randn(1, 4, 9, 8)
     assert largest(_decode(tiny, DecoderParallel(), 2, z), tiny.decode(z).sample) < 1e-5

@@ -22,7 +22,7 @@ from fastdiff.parallel.distributed import TorchCommunicator, connect, disconnect
 from fastdiff.parallel.patch import PatchParallel
 from fastdiff.parallel.probe import link
 from fastdiff.parallel.simulator import Simulator, replica
-from tests.parallel.nets import Denoise, controlnet, inputs, sd, sdxl, vae
+from tests.parallel.nets import controlnet, inputs, pipeline, sd, sdxl, vae
 
 PLANS = {
     "sync": PatchParallel(),
@@ -40,10 +40,10 @@ def _same_work(communicator: Communicator) -> dict[str, Any]:
     for name, plan in PLANS.items():
         if name == "uneven":
             plan = PatchParallel(shares=plan.shares[:ranks])
-        pipe = replica(Denoise(sd()))
+        pipe = replica(pipeline(sd()))
         found[name] = _with(pipe, plan, communicator, steps=3, rate=0.3, **inputs("sd"))
     pair = [PatchParallel(groups=2), BranchParallel(2)] if ranks == 4 else BranchParallel(2)
-    found["branches"] = _with(replica(Denoise(sdxl())), pair, communicator, **inputs("sdxl", batch=2))
+    found["branches"] = _with(replica(pipeline(sdxl())), pair, communicator, **inputs("sdxl", batch=2))
     if ranks == 2:
         found["remote"] = _remote(communicator)
         found["decoder"] = _decoder(communicator)
@@ -58,7 +58,7 @@ def _with(pipe: Any, plan: Any, communicator: Communicator, **arguments: Any) ->
 
 
 def _remote(communicator: Communicator) -> tuple[torch.Tensor, Any]:
-    pipe = replica(Denoise(sd(), controlnet(sd())))
+    pipe = replica(pipeline(sd(), controlnet(sd())))
     before = communicator.traffic.copy()
     if communicator.rank == 1:
         return torch.tensor(serve(pipe.controlnet, communicator)), communicator.traffic.since(before)
@@ -67,7 +67,7 @@ def _remote(communicator: Communicator) -> tuple[torch.Tensor, Any]:
 
 
 def _decoder(communicator: Communicator) -> tuple[torch.Tensor, Any]:
-    pipe = Denoise(sd(), vae=replica(vae()))
+    pipe = pipeline(sd(), vae=replica(vae()))
     before = communicator.traffic.copy()
     torch.manual_seed(3)
     with torch.no_grad(), fastdiff.accelerate(pipe, DecoderParallel()):
@@ -116,7 +116,7 @@ def _ulysses(communicator: Communicator) -> tuple[float, float]:
         "img_ids": torch.rand(16, 3).round(),
         "txt_ids": torch.zeros(4, 3),
     }
-    pipe = Denoise(model)
+    pipe = pipeline(model)
     count = torch.accelerator.device_count
     with torch.no_grad():
         truth = model(**arguments).sample
@@ -135,11 +135,11 @@ def _raises_between_steps(communicator: Communicator) -> Any:
         if step == 1 and communicator.rank == 1:
             raise ValueError("the callback failed")
 
-    return _with(replica(Denoise(sd())), PatchParallel(), communicator, steps=3, fail=fail, **inputs("sd"))
+    return _with(replica(pipeline(sd())), PatchParallel(), communicator, steps=3, fail=fail, **inputs("sd"))
 
 
 def _raises_inside_a_forward(communicator: Communicator) -> Any:
-    pipe = replica(Denoise(sd()))
+    pipe = replica(pipeline(sd()))
     if communicator.rank == 1:
 
         def fail(*_: Any) -> None:
@@ -152,7 +152,7 @@ def _raises_inside_a_forward(communicator: Communicator) -> Any:
 
 def _ends_early(communicator: Communicator) -> Any:
     steps = 1 if communicator.rank == 1 else 3
-    return _with(replica(Denoise(sd())), PatchParallel(), communicator, steps=steps, **inputs("sd"))
+    return _with(replica(pipeline(sd())), PatchParallel(), communicator, steps=steps, **inputs("sd"))
 
 
 def _is_killed(communicator: Communicator) -> Any:
@@ -160,7 +160,7 @@ def _is_killed(communicator: Communicator) -> Any:
         if step == 1 and communicator.rank == communicator.size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return _with(replica(Denoise(sd())), PatchParallel(), communicator, steps=3, fail=fail, **inputs("sd"))
+    return _with(replica(pipeline(sd())), PatchParallel(), communicator, steps=3, fail=fail, **inputs("sd"))
 
 
 TROUBLES = {
@@ -197,7 +197,7 @@ def test_remote_controlnet_is_the_local_one_bit_for_bit(both: Any):
     processes, run = both
     if "remote" not in run.results[0]:
         pytest.skip("needs two ranks: one denoises, one serves")
-    pipe = Denoise(sd(), controlnet(sd()))
+    pipe = pipeline(sd(), controlnet(sd()))
     truth = pipe(steps=2, rate=0.1, **{**inputs("sd"), "controlnet_cond": torch.ones(1, 3, 32, 32) / 3})
     assert torch.equal(processes[0]["same"]["remote"][0], truth)
     assert int(run.results[1]["remote"][0]) == 2

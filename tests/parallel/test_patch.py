@@ -1,13 +1,16 @@
 """Patch parallelism on virtual ranks, against one device."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import fastdiff
+from fastdiff.hooks import Wrapped
 from fastdiff.parallel.communicator import Alone, using
 from fastdiff.parallel.patch import PatchParallel, balanced
 from fastdiff.parallel.simulator import Simulator, replica
-from tests.parallel.nets import NETS, Denoise, controlnet, inputs, largest, sd, simulate
+from tests.parallel.nets import NETS, controlnet, inputs, largest, pipeline, sd, simulate
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 5e-3}
 
@@ -15,7 +18,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 5e-3}
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_in_sync_it_equals_one_device(name: str, ranks: int):
-    pipe = Denoise(NETS[name]().double())
+    pipe = pipeline(NETS[name]().double())
     arguments = inputs(name, batch=2 if ranks == 2 else 1, dtype=torch.float64)
     truth = pipe(**arguments)
     assert truth.abs().max() > 0.1
@@ -24,7 +27,7 @@ def test_in_sync_it_equals_one_device(name: str, ranks: int):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_in_sync_in_shorter_floats(dtype: torch.dtype):
-    pipe = Denoise(sd().to(dtype))
+    pipe = pipeline(sd().to(dtype))
     arguments = inputs("sd", dtype=dtype)
     truth = pipe(**arguments)
     assert largest(simulate(pipe, PatchParallel(), 4, **arguments), truth) < TOLERANCE[dtype]
@@ -32,7 +35,7 @@ def test_in_sync_in_shorter_floats(dtype: torch.dtype):
 
 @pytest.mark.parametrize(("rows", "shares"), [(16, (3, 1)), (22, ()), (27, (1, 2, 1)), (16, (1, 2, 5))])
 def test_uneven_strips_and_odd_heights(rows: int, shares: tuple[float, ...]):
-    pipe = Denoise(sd(3).double())
+    pipe = pipeline(sd(3).double())
     arguments = inputs("sd", rows=32 if len(shares) == 3 and rows == 16 else rows, dtype=torch.float64)
     truth = pipe(**arguments)
     run = simulate(pipe, PatchParallel(shares=shares), len(shares) or 2, **arguments)
@@ -40,7 +43,7 @@ def test_uneven_strips_and_odd_heights(rows: int, shares: tuple[float, ...]):
 
 
 def test_one_rank_installs_nothing():
-    pipe = Denoise(sd())
+    pipe = pipeline(sd())
     arguments = inputs("sd")
     truth = pipe(**arguments)
     before = {name: dict(module.__dict__) for name, module in pipe.unet.named_modules()}
@@ -52,17 +55,17 @@ def test_one_rank_installs_nothing():
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_stale_with_constant_input_is_sync_bit_for_bit(ranks: int):
-    pipe, arguments = Denoise(sd()), inputs("sd")
+    pipe, arguments = pipeline(sd()), inputs("sd")
     sync = simulate(pipe, PatchParallel(), ranks, **arguments).results[0]
     stale = simulate(pipe, PatchParallel("stale", warmup=0, few_steps=True), ranks, steps=3, **arguments)
     assert all(torch.equal(result, sync) for result in stale.results)
 
 
 def test_stale_is_sync_while_warming_up_and_not_after():
-    pipe, arguments = Denoise(sd()), {**inputs("sd"), "steps": 4, "rate": 0.5}
+    pipe, arguments = pipeline(sd()), {**inputs("sd"), "steps": 4, "rate": 0.5}
     sync = simulate(pipe, PatchParallel(), 2, **arguments).results[0]
 
-    def at(**settings: int) -> torch.Tensor:
+    def at(**settings: Any) -> torch.Tensor:
         return simulate(pipe, PatchParallel("stale", few_steps=True, **settings), 2, **arguments).results[0]
 
     assert torch.equal(at(warmup=3), sync)
@@ -74,11 +77,11 @@ def test_stale_is_sync_while_warming_up_and_not_after():
 
 def test_a_stale_step_uses_the_keys_of_the_step_before():
     """The neighbour's keys are those of its old input: replacing the neighbour's new input changes nothing here."""
-    pipe = Denoise(sd())
+    pipe = pipeline(sd())
     first, second = inputs("sd"), inputs("sd")
     noise = torch.randn_like(second["sample"])
 
-    def run(sample: torch.Tensor) -> list[torch.Tensor]:
+    def run(sample: torch.Tensor) -> torch.Tensor:
         def one(communicator):
             twin = replica(pipe)
             settings = PatchParallel("stale", warmup=0, few_steps=True)
@@ -97,7 +100,7 @@ def test_a_stale_step_uses_the_keys_of_the_step_before():
 
 
 def test_partial_identities():
-    pipe, arguments = Denoise(sd(3)), {**inputs("sd", rows=32), "steps": 3, "rate": 0.5}
+    pipe, arguments = pipeline(sd(3)), {**inputs("sd", rows=32), "steps": 3, "rate": 0.5}
 
     def at(policy: str, ranks: int, portion: float = 0.0) -> torch.Tensor:
         settings = PatchParallel(policy, portion=portion, warmup=0, few_steps=True)
@@ -110,7 +113,7 @@ def test_partial_identities():
 
 
 def test_partial_zero_sends_no_keys_and_sees_only_its_strip():
-    pipe, arguments = Denoise(sd()), inputs("sd")
+    pipe, arguments = pipeline(sd()), inputs("sd")
     settings = PatchParallel("partial", portion=0.0, warmup=0, few_steps=True)
     one = simulate(pipe, settings, 2, steps=1, **arguments)
     three = simulate(pipe, settings, 2, steps=3, **arguments)
@@ -123,14 +126,14 @@ def test_controlnet_lora_and_ip_adapter_are_allowed():
 
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_q", "conv1"], init_lora_weights=False))
     unet.requires_grad_(False)
-    pipe = Denoise(unet, controlnet(sd()).double())
+    pipe = pipeline(unet, controlnet(sd()).double())
     arguments = {**inputs("sd", dtype=torch.float64), "controlnet_cond": torch.rand(1, 3, 32, 32).double()}
     truth = pipe(**arguments)
     assert largest(simulate(pipe, PatchParallel(), 2, **arguments), truth) < 1e-13
 
     adapted = sd()
     adapted._load_ip_adapter_weights([_ip_adapter(adapted)])
-    pipe = Denoise(adapted.double())
+    pipe = pipeline(adapted.double())
     arguments = inputs("sd", dtype=torch.float64)
     arguments["added_cond_kwargs"] = {"image_embeds": [torch.randn(1, 1, 12, dtype=torch.float64)]}
     truth = pipe(**arguments)
@@ -140,7 +143,7 @@ def test_controlnet_lora_and_ip_adapter_are_allowed():
         simulate(pipe, PatchParallel(), 2, **arguments, **masks)
 
 
-def _ip_adapter(unet: torch.nn.Module) -> dict:
+def _ip_adapter(unet: Any) -> dict:
     """An IP-Adapter of one token: projection of a 12-wide image embedding, and its keys and values for each layer."""
     tokens = 4
     projection = {
@@ -160,7 +163,7 @@ def _ip_adapter(unet: torch.nn.Module) -> dict:
 
 
 def test_few_steps_are_refused_unless_allowed():
-    pipe, arguments = Denoise(sd()), inputs("sd")
+    pipe, arguments = pipeline(sd()), inputs("sd")
     with pytest.raises(fastdiff.Unsupported, match="8 steps are too few"):
         simulate(pipe, PatchParallel("stale"), 2, steps=8, **arguments)
     simulate(pipe, PatchParallel("stale"), 2, steps=9, **arguments)
@@ -169,18 +172,18 @@ def test_few_steps_are_refused_unless_allowed():
 def test_what_cannot_be_cut_is_refused_with_its_name():
     unet = sd()
     unet.mid_block.resnets[0].extra = torch.nn.InstanceNorm2d(8)
-    verdict = PatchParallel().supports(Denoise(unet))
+    verdict = PatchParallel().supports(pipeline(unet))
     assert not verdict
     assert "mid_block.resnets.0.extra (InstanceNorm2d)" in verdict.reason
     with pytest.raises(fastdiff.Unsupported, match="at most 2 ranks"):
-        simulate(Denoise(sd(3)), PatchParallel(), 4, **inputs("sd", rows=8))
+        simulate(pipeline(sd(3)), PatchParallel(), 4, **inputs("sd", rows=8))
 
 
 def test_layers_added_later_are_noticed():
     from peft import LoraConfig
 
     def one(communicator):
-        twin = replica(Denoise(sd()))
+        twin = replica(pipeline(sd()))
         with fastdiff.accelerate(twin, PatchParallel()):
             twin.unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"]))
             return twin(**inputs("sd"))
@@ -191,7 +194,7 @@ def test_layers_added_later_are_noticed():
 
 def test_different_inputs_on_different_ranks_are_noticed():
     def one(communicator):
-        twin = replica(Denoise(sd()))
+        twin = replica(pipeline(sd()))
         with fastdiff.accelerate(twin, PatchParallel()):
             arguments = inputs("sd")
             arguments["sample"] = arguments["sample"] + communicator.rank
@@ -202,7 +205,7 @@ def test_different_inputs_on_different_ranks_are_noticed():
 
 
 def test_requests_do_not_meet_and_removal_is_exact():
-    pipe = Denoise(sd())
+    pipe = pipeline(sd())
     settings = PatchParallel("stale", warmup=0)
     first, second = inputs("sd"), inputs("sd", rows=24)
     solo = [simulate(pipe, settings, 2, steps=9, rate=0.1, **one).results[0] for one in (first, second)]
@@ -213,7 +216,7 @@ def test_requests_do_not_meet_and_removal_is_exact():
         with fastdiff.accelerate(twin, settings) as handle:
             results = [twin(steps=9, rate=0.1, **one) for one in (first, second, first)]
             assert handle.report().rows[0].accelerated == 27
-        assert not any(isinstance(value, fastdiff.hooks.Wrapped) for value in twin.unet.__dict__.values())
+        assert not any(isinstance(value, Wrapped) for value in twin.unet.__dict__.values())
         return results, twin(**first)
 
     for results, plain in Simulator(2).run(both).results:
@@ -225,7 +228,7 @@ def test_requests_do_not_meet_and_removal_is_exact():
 
 def test_rows_follow_measured_speed():
     assert balanced((16, 16), (2.0, 1.0)) == (8.0, 16.0)
-    pipe, arguments = Denoise(sd().double()), inputs("sd", dtype=torch.float64)
+    pipe, arguments = pipeline(sd().double()), inputs("sd", dtype=torch.float64)
     truth = pipe(**arguments)
     run = simulate(pipe, PatchParallel(rebalance=1), 2, steps=3, **arguments)
     assert largest(run, truth) < 1e-13
@@ -233,10 +236,17 @@ def test_rows_follow_measured_speed():
 
 
 def test_settings_are_checked():
-    for wrong in ({"policy": "fresh"}, {"portion": -1}, {"warmup": -1}, {"shares": (1, 0)}, {"groups": 0}):
+    wrongs: tuple[dict[str, Any], ...] = (
+        {"policy": "fresh"},
+        {"portion": -1},
+        {"warmup": -1},
+        {"shares": (1, 0)},
+        {"groups": 0},
+    )
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="PatchParallel"):
             PatchParallel(**wrong)
     from fastdiff.parallel.branches import BranchParallel
 
     with pytest.raises(ValueError, match="groups=2"):
-        fastdiff.Plan([PatchParallel(), BranchParallel(2)])
+        fastdiff.Plan((PatchParallel(), BranchParallel(2)))

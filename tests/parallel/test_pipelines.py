@@ -43,7 +43,7 @@ def _draw(pipe: Any, steps: int = 2, size: int = 32, **settings: Any) -> torch.T
 def test_two_ranks_draw_the_picture_of_one(name: str):
     pipe = family(name)
     truth = _draw(pipe)
-    plan = fastdiff.Plan([PatchParallel(), DecoderParallel()])
+    plan = fastdiff.Plan((PatchParallel(), DecoderParallel()))
 
     def one(communicator: Any) -> tuple[list[torch.Tensor], bool, torch.Tensor]:
         twin = replica(pipe)
@@ -100,7 +100,7 @@ def test_an_error_in_one_rank_ends_all_and_leaves_nothing():
 
 @pytest.mark.parametrize("member", EVERY, ids=lambda one: type(one).__name__)
 def test_plans_keep_their_settings_in_a_file(member: Any):
-    plan = fastdiff.Plan([member])
+    plan = fastdiff.Plan((member,))
     assert fastdiff.Plan.from_json(plan.to_json()) == plan
     assert member.stage == "devices"
     assert member.exact or member.bound == "psnr"

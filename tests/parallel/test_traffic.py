@@ -1,5 +1,7 @@
 """What is sent, against the papers' formulas, byte for byte."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -8,12 +10,12 @@ from torch import nn
 from fastdiff.parallel.inventory import Inventory, take
 from fastdiff.parallel.patch import PatchParallel
 from fastdiff.parallel.strips import Strips
-from tests.parallel.nets import NETS, Denoise, inputs, sd, simulate
+from tests.parallel.nets import NETS, inputs, pipeline, sd, simulate
 
 
 def _steady(policy: str, ranks: int, name: str = "sd", portion: float = 0.25, **settings) -> list[dict[str, int]]:
     """Bytes received by each rank in one steady forward: three steps less two."""
-    pipe = Denoise(NETS[name]())
+    pipe = pipeline(NETS[name]())
     plan = PatchParallel(policy, portion=portion, warmup=0, few_steps=True)
     longer, shorter = (simulate(pipe, plan, ranks, steps=steps, **inputs(name, **settings)).traffic for steps in (3, 2))
     return [after.since(before).received for after, before in zip(longer, shorter, strict=True)]
@@ -23,7 +25,8 @@ def test_the_toy_network_by_hand():
     """One level of everything at 16 rows, one at 8: keys, halos and moments counted on paper."""
     unet = sd()
     seen: dict[str, int] = {"attention": 0, "convolution": 0, "normalization": 0}
-    for module in unet.modules():
+    parts: list[Any] = list(unet.modules())
+    for module in parts:
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module is not unet.conv_in:
             # rank 0 of even strips needs one row of rank 1, and none before a stride of 2
             module.register_forward_pre_hook(
@@ -33,7 +36,7 @@ def test_the_toy_network_by_hand():
             module.register_forward_pre_hook(
                 lambda part, args: seen.update(normalization=seen["normalization"] + 2 * 2 * part.num_groups * 4)
             )
-    for block in unet.modules():
+    for block in parts:
         if type(block).__name__ == "BasicTransformerBlock":
             block.attn1.register_forward_pre_hook(
                 # keys and values of the other half of the tokens
@@ -82,8 +85,8 @@ def sdxl_1024() -> Inventory:
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             block_out_channels=(320, 640, 1280),
             cross_attention_dim=2048,
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
+            transformer_layers_per_block=(1, 2, 10),  # type: ignore[arg-type]
+            attention_head_dim=(5, 10, 20),  # type: ignore[arg-type]
             addition_embed_type="text_time",
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
@@ -125,7 +128,7 @@ def test_nothing_extra_is_held_in_sync_and_keys_are_held_when_stale():
     from fastdiff.parallel.simulator import Simulator, replica
 
     def one(communicator, policy: str):
-        twin = replica(Denoise(sd()))
+        twin = replica(pipeline(sd()))
         with torch.no_grad(), fastdiff.accelerate(twin, PatchParallel(policy)) as handle, handle.request():
             twin.unet(**inputs("sd"))
             return handle.report().rows[0].bytes_held
