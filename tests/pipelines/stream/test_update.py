@@ -120,6 +120,19 @@ LOOSE: dict[str, Any] = {
 }  # LCM's boundary keeps 1e-6 of a noisy state; DDIM nothing
 
 
+def test_a_retargeted_state_stands_at_the_new_noise_level(make_toy, clip, toy_size):
+    """Between two consistency steps a state is clean estimate plus fixed noise, before and after the change."""
+    stream = Stream(make_toy(), "red", steps=4, **toy_size)
+    for frame in clip[:3]:
+        stream.push(frame)
+    before = [(slot.step, slot.call.clean()[slot.row : slot.row + 1]) for slot in stream._flying if slot.call]
+    stream.update(on_update="retarget", strength=0.9)
+    table = stream._session.prepared.table
+    assert [step for step, _ in before] == [3, 2, 1]
+    for slot, (step, clean) in zip(stream._flying, before, strict=True):
+        exactly(slot.latent, table.signal[step] * clean + table.noise[step] * slot.noises[step])
+
+
 def test_waiting_frames_of_a_buffer_keep_their_settings_too(make_toy, clip, toy_size):
     stream = Stream(make_toy(), "red", steps=2, frame_buffer=3, **toy_size)
     stream.push(clip[0])
