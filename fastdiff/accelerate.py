@@ -1,5 +1,6 @@
 """Apply a plan to a pipeline, report what it does, take it off again."""
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,7 @@ class Handle:
         self._requests = Requests(self._finish)
         self._class = type(self.pipe)
         self._private: type | None = None
+        self._encoding = threading.RLock()
 
     def request(self, keep: bool = False) -> Request:
         """Open a request for whoever calls the denoiser without calling the pipeline.
@@ -128,6 +130,8 @@ class Handle:
         self.pipe.__class__ = self._private
         entry = Hooks("fastdiff", self._requests)
         entry.override(self.pipe, "__call__", self._call)
+        if callable(getattr(self.pipe, "encode_prompt", None)):
+            entry.override(self.pipe, "encode_prompt", self._encode_prompt)
         try:
             for one in self.plan:
                 self._apply(one)
@@ -162,6 +166,11 @@ class Handle:
             if request.pipe is pipe:
                 return inner(*args, **kwargs)
             return self._class.__call__(request.pipe, *args, **kwargs)
+
+    def _encode_prompt(self, inner: Any, pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        # overlapping requests share the tokenizers, and those written in Rust refuse to be used by two threads at once
+        with self._encoding:
+            return inner(*args, **kwargs)
 
     def _finish(self, request: Request, failed: bool) -> None:
         if failed:

@@ -5,6 +5,7 @@ decisions (which call to skip, which request this is) stay plain Python and the 
 """
 
 import functools
+import inspect
 import threading
 import time
 import types
@@ -17,6 +18,7 @@ from fastdiff.anatomy import COMPILED_CALL, anatomy, capture, compiled_regions, 
 from fastdiff.hooks import Hooks
 
 SCOPES = ("auto", "regional", "whole")
+_RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,8 @@ class _Graphs:
         self.dynamic = settings.dynamic
         self.compiled = 0
         self.declared = 0
-        self.kinds: set[str] = set()
+        self.kinds: dict[type, Callable] = {}
         self._lock = threading.Lock()
-        # torch keeps compiled code by code object; a copy keeps ours apart from anybody else's
-        self._entry = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "region")
         self._backend = (
             torch._TorchCompileInductorWrapper(settings.mode, None, settings.dynamic)
             if settings.backend == "inductor"
@@ -141,8 +141,15 @@ class _Graphs:
         """Replace the original forward of `region`, beneath our wrappers and diffusers' hooks."""
         import torch
 
-        self.kinds.add(type(region).__name__)
-        compiled = torch.compile(self._entry, backend=self._count, fullgraph=True, dynamic=self.dynamic)
+        compiled = self.kinds.get(type(region))
+        if compiled is None:
+            # torch keeps compiled code, and counts recompilations, by code object: a copy keeps this kind of region
+            # apart from the others and from anybody else's
+            entry = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "region")
+            options: Any = {"backend": self._count, "fullgraph": True, "dynamic": self.dynamic}
+            if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13; eight before
+                options["recompile_limit"] = _RECOMPILE_LIMIT
+            compiled = self.kinds[type(region)] = torch.compile(entry, **options)
         owner, attribute = original_forward(region)
         inner = getattr(owner, attribute)
         function = getattr(inner, "__func__", None)
