@@ -24,7 +24,7 @@ from torch import Tensor
 import fastdiff
 from benchmarks.full_size import SDXL_TURBO, build
 from benchmarks.record import Record, Row, could_not_run
-from fastdiff.anatomy import capture
+from fastdiff.anatomy import capture, denoiser_arguments
 from fastdiff.miniature import detector, path, untrained, world
 from fastdiff.parallel.communicator import Communicator, using
 from fastdiff.parallel.inventory import take
@@ -200,7 +200,7 @@ def efficiency_suite(place: "Place") -> Iterator[Row]:
         pipe = build(architecture, place.device, place.dtype)
         for scale in (1, 2):
             size = architecture.size * scale
-            arguments = capture(pipe, size, size)[2]
+            arguments = denoiser_arguments(*capture(pipe, size, size))
             whole = None
             for ranks in (1, 2, 4, 8):
                 name = f"{architecture.name} {size}px 1/{ranks} of the rows"
@@ -223,7 +223,11 @@ def efficiency_suite(place: "Place") -> Iterator[Row]:
 @torch.no_grad()
 def _strip_ms(pipe: Any, arguments: dict[str, Any], ranks: int, place: "Place") -> list[float]:
     taken = []
-    with using(_Echo(ranks, place.device)), fastdiff.accelerate(pipe, PatchParallel()):
+    with (
+        using(_Echo(ranks, place.device)),
+        fastdiff.accelerate(pipe, PatchParallel()) as handle,
+        handle.request(),
+    ):
         for _ in range(place.frames + 2):
             place.wait()
             began = perf_counter()

@@ -24,10 +24,10 @@ def enter(communicator: Communicator, fresh: bool = True) -> bool:
     flags = communicator.agree(PROCEED + _FRESH * fresh)
     failed = [rank for rank, flag in enumerate(flags) if flag % _FRESH == FAILED]
     if failed:
-        raise RankFailed(f"rank {failed[0]} failed outside the model; its own error says why")
+        raise _known(RankFailed(f"rank {failed[0]} failed outside the model; its own error says why"), communicator)
     ended = [rank for rank, flag in enumerate(flags) if flag % _FRESH == FINISHED]
     if ended:
-        raise Stopped(f"rank {ended[0]} ended the call early, so all ranks did")
+        raise _known(Stopped(f"rank {ended[0]} ended the call early, so all ranks did"), communicator)
     return any(flag & _FRESH for flag in flags)
 
 
@@ -47,11 +47,12 @@ def guard_call(hooks: Hooks, pipe: Any, communicator: Communicator) -> None:
     def around(inner: Any, pipe: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             result = inner(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             # peers are at the start of a forward or at the end of the call, and learn it there
-            with suppress(RankFailed):
-                communicator.agree(FAILED)
-            raise
+            if id(communicator) not in getattr(error, "fastdiff_known", ()):
+                with suppress(RankFailed):
+                    communicator.agree(FAILED)
+            raise _known(error, communicator)
         finally:
             communicator.drain()
         flags = communicator.agree(FINISHED)
@@ -59,12 +60,20 @@ def guard_call(hooks: Hooks, pipe: Any, communicator: Communicator) -> None:
         if not early:
             return result
         if flags[early[0]] % _FRESH == FAILED:
-            raise RankFailed(f"rank {early[0]} failed outside the model; its own error says why")
-        raise Stopped(f"this rank ended the call early while rank {early[0]} had steps left, so all ranks stopped")
+            raise _known(RankFailed(f"rank {early[0]} failed outside the model; its own error says why"), communicator)
+        stopped = Stopped(f"this rank ended the call early while rank {early[0]} had steps left, so all ranks stopped")
+        raise _known(stopped, communicator)
 
     if communicator.size > 1:
         hooks.override(pipe, "__call__", around)
         hooks.on_undo(communicator.drain)
+
+
+def _known(error: BaseException, communicator: Communicator) -> BaseException:
+    """Mark that the whole group knows of `error`, so that no rank announces it there again."""
+    known = getattr(error, "fastdiff_known", ())
+    error.__dict__["fastdiff_known"] = (*known, id(communicator))
+    return error
 
 
 def check_same_input(communicator: Communicator, x: Tensor) -> None:

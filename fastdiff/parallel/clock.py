@@ -95,10 +95,12 @@ def replay(events: Sequence[Sequence[Event]], network: Network, flops_per_s: flo
 def _send(event: Event, rank: int, leave: float, network: Network, arrivals: dict) -> float:
     stages = math.ceil(math.log2(len(event.sends) + 1)) if event.everybody else 1
     leave += stages * network.latency_s
+    whole = leave + sum(event.sends.values()) / network.bytes_per_s
     for destination, size in event.sends.items():
         leave += size / network.bytes_per_s
-        arrivals[event.group, rank, destination].append(leave)
-    return leave
+        # a gather is over when all of it is
+        arrivals[event.group, rank, destination].append(whole if event.everybody else leave)
+    return whole
 
 
 def _receive(

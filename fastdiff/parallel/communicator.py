@@ -119,7 +119,7 @@ class Communicator:
     ) -> Pending:
         """Start sending a tensor to each rank in `sends` and receiving one from each in `receives`.
 
-        Every rank of the group calls this, in the same order, also one that has nothing to send.
+        Any two ranks that exchange something call this in the same order; others need not call it.
 
         Args:
             kind: what the traffic is counted under.
