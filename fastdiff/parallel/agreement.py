@@ -52,7 +52,8 @@ def guard_call(hooks: Hooks, pipe: Any, communicator: Communicator) -> None:
             if id(communicator) not in getattr(error, "fastdiff_known", ()):
                 with suppress(RankFailed):
                     communicator.agree(FAILED)
-            raise _known(error, communicator)
+            _known(error, communicator)
+            raise
         finally:
             communicator.drain()
         flags = communicator.agree(FINISHED)
