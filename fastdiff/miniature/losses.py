@@ -17,7 +17,7 @@ DEFAULTS = {
 }
 _POOL = 4096  # scenes drawn and encoded at a time, per process
 _SINGLES = 120_000  # images of one object each before pairs and landscapes join
-_NOISY_SHARE = 0.5  # of each batch: timesteps from the noisiest quarter, the others spread over all
+_NOISY_SHARE = 0.3  # of each batch: timesteps from the noisiest quarter, the others spread over all
 _PASSES = 3  # times a pool is used, each with new captions, timesteps and noise
 
 

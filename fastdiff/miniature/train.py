@@ -57,7 +57,7 @@ class Run:
 class Average:
     """Exponential moving average of parameters, with a horizon that grows with the run up to 1 / (1 - decay) steps."""
 
-    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
+    def __init__(self, module: nn.Module, decay: float = 0.998) -> None:
         self.decay = decay
         self.values = {name: value.detach().clone() for name, value in module.state_dict().items()}
 
