@@ -207,9 +207,10 @@ def step_count(pipe: Any) -> int | None:
 
 
 def step_index(pipe: Any) -> int | None:
-    """Where the scheduler of the running call stands; None for schedulers that do not count."""
-    scheduler = getattr(pipe, "scheduler", None)
-    index = getattr(scheduler, "_step_index", None)
+    """Where the scheduler of the running call stands, -1 before its first step; None for those that do not count."""
+    index = getattr(getattr(pipe, "scheduler", None), "_step_index", MISSING)
+    if index is None:
+        return -1
     return index if isinstance(index, int) else None
 
 
@@ -219,7 +220,7 @@ def is_last_step(pipe: Any, calls: int) -> bool:
     if count is not None:
         return calls >= count - 1
     index, scheduler = step_index(pipe), getattr(pipe, "scheduler", None)
-    return index is not None and scheduler is not None and index >= len(scheduler.timesteps) - 1
+    return index is not None and scheduler is not None and max(index, 0) >= len(scheduler.timesteps) - 1
 
 
 def keeps_float32(module: Any) -> tuple[str, ...]:

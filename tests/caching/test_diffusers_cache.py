@@ -76,8 +76,7 @@ def test_what_never_skips_is_bit_exact(pipe, cache):
 
 
 def test_rows_decide_for_themselves_within_one_batch(pipe):
-    denoiser, args, kwargs = capture(pipe, 32, 32)
-    torch.manual_seed(0)
+    denoiser, _, kwargs = capture(pipe, 32, 32)
     still = torch.zeros(8)
     wild = torch.tensor([0.0, 1, -1, 2, -2, 3, -3, 4])
 
@@ -138,7 +137,7 @@ def test_memory_is_reported_while_held_and_gone_afterwards(pipe):
         ("sd", "first_block", "no list of transformer blocks"),
         ("sd", "mag", "no list of transformer blocks"),
         ("sd3", "first_block", "returns no text stream"),
-        ("pixart", "first_block", "no entry for the block"),
+        ("pixart", "first_block", ""),
         ("flux", "first_block", ""),
         ("sdxl", "pyramid_attention", ""),
     ],

@@ -40,7 +40,7 @@ def test_any_other_argument_is_another_entry(pipe):
         encode(pipe, "a blue circle")
         encode(pipe, guided=False)
         pipe.encode_prompt("a red circle", torch.device("cpu"), 2, True, "")
-        encode(pipe, ["a red circle"])
+        pipe.encode_prompt(["a red circle"], torch.device("cpu"), 1, True, [""])
         assert hits(handle) == 0
 
 
