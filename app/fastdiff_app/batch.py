@@ -1,124 +1,215 @@
-"""`fastdiff batch`: many pictures from a file of jobs; what is there already is not made again."""
+"""`fastdiff batch`: outputs for a whole file of jobs; kill it and start it again, nothing is lost.
 
-import hashlib
+Under torchrun each rank works by itself and the first one reports; started on several machines over one shared folder,
+each start does a share of the work.
+"""
+
 import json
-import re
-from dataclasses import asdict, dataclass, fields
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bars
 
 from fastdiff_app import images
-from fastdiff_app.console import err, progress
-from fastdiff_app.engine import accelerated, load_pipeline, read_plan
+from fastdiff_app.console import err, out
+from fastdiff_app.engine import read_plan
 from fastdiff_app.failures import ExitCode, Failure, one_line
-from fastdiff_app.generate import Settings, picture
-from fastdiff_app.outputs import check_writable, write_json
 
-KEYS = tuple(field.name for field in fields(Settings) if field.name not in ("image", "strength"))
-_KINDS: dict[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "negative": (str,),
-    "seed": (int,),
-    "steps": (int,),
-    "guidance": (int, float),
-    "size": (int, str),
-}
+if TYPE_CHECKING:
+    from fastdiff_pipelines.batch import BatchJob, Item, Jobs, Progress, Stop, Summary
+
+LINE_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
-class Job:
-    """One picture to make, and the line of the file that asked for it."""
+class Run:
+    """How a file of jobs is run; see `fastdiff_pipelines.batch.BatchJob` for what its settings mean.
 
-    line: int
-    settings: Settings
-
-    def name(self, model: str, plan: str) -> str:
-        """A file name that says what is inside and changes with anything the picture depends on."""
-        content = json.dumps([asdict(self.settings), model, plan], sort_keys=True, default=str)
-        words = re.sub(r"[^a-z0-9]+", "-", self.settings.prompt.lower()).strip("-")[:48]
-        return f"{words or 'picture'}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-
-
-def _settings(text: str, defaults: Settings) -> Settings:
-    if not text.startswith("{"):
-        return Settings(**{**vars(defaults), "prompt": text})
-    try:
-        wanted = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise Failure(ExitCode.INPUT, f"not JSON: {one_line(error)}") from error
-    for key, value in wanted.items():
-        if key not in KEYS:
-            raise Failure(ExitCode.INPUT, f"unknown key {key!r}; known are {', '.join(KEYS)}")
-        if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
-            raise Failure(ExitCode.INPUT, f"{key} cannot be {value!r}")
-    if "prompt" not in wanted:
-        raise Failure(ExitCode.INPUT, "no prompt")
-    if "size" in wanted:
-        wanted["size"] = images.parse_size(str(wanted["size"]))
-    return Settings(**{**vars(defaults), **wanted})
-
-
-def read_jobs(path: Path, defaults: Settings) -> tuple[list[Job], list[str]]:
-    """Reads a jobs file: on each line a prompt, or a JSON object with `prompt` and other settings.
-
-    Returns:
-        The jobs, and one message for every line that is none.
+    Attributes:
+        progress: "bar", "json" (a line on stdout every other second) or "none".
     """
+
+    jobs: Path
+    folder: Path
+    model: str | None = None
+    plan: str | None = None
+    compile: bool | None = None
+    format: str = "png"
+    dtype: str = "auto"
+    seed: int = 0
+    batch: int = 8
+    workers: int | None = None
+    attempts: int = 3
+    lease_s: float = 60.0
+    verify: str = "size"
+    progress: str = "bar"
+
+    def __post_init__(self) -> None:
+        if self.progress not in ("bar", "json", "none"):
+            raise Failure(ExitCode.USAGE, f"--progress must be bar, json or none, not {self.progress}")
+
+
+def defaults(steps: int, guidance: float, size: str | None, negative: str, frames: int | None) -> "Item":
+    """What holds for lines that do not say otherwise, or `Failure`."""
+    from fastdiff_pipelines.batch import Item
+
+    height, width = images.parse_size(size) or (None, None)
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Failure(ExitCode.INPUT, f"cannot read jobs from {path}: {one_line(error)}") from error
-    jobs, wrong = [], []
-    for number, line in enumerate(lines, 1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        try:
-            jobs.append(Job(number, _settings(text, defaults)))
-        except Failure as failure:
-            wrong.append(f"{path}:{number}: {failure}")
-    if not jobs and not wrong:
-        raise Failure(ExitCode.INPUT, f"{path} holds no jobs")
-    return jobs, wrong
+        return Item("-", negative, None, height, width, steps, guidance, frames)
+    except ValueError as error:
+        raise Failure(ExitCode.USAGE, one_line(error)) from error
 
 
-def batch(
-    path: Path, folder: Path, defaults: Settings, model: str | None, plan_text: str | None, compile: bool | None
-) -> None:
-    """Makes every picture of a jobs file that is not in `folder` yet, each with its settings as JSON beside it."""
-    jobs, wrong = read_jobs(path, defaults)
-    for message in wrong:
-        err.print(message, markup=False, style="red")
-    check_writable(folder / "probe.png")
-    plan = read_plan(plan_text, compile)
-    pipe = load_pipeline(model, "text-to-image")
-    title, plan_json = model or "mini-sd", plan.to_json()
-    made = skipped = 0
-    with accelerated(pipe, plan) as handle, progress("pictures/s") as bars:
-        bar = bars.add_task("batch", total=len(jobs))
-        for job in jobs:
-            target = folder / f"{job.name(title, plan_json)}.png"
-            if target.exists():
-                skipped += 1
-            else:
-                try:
-                    _make(pipe, job, target, title, plan_json)
-                    made += 1
-                except Failure as failure:
-                    if failure.code == ExitCode.OUTPUT:
-                        raise
-                    wrong.append(f"{path}:{job.line}: {failure}")
-                    err.print(wrong[-1], markup=False, style="red")
-            bars.advance(bar)
-        err.print(str(handle.report()), markup=False)
-    err.print(f"{folder}: {made} made, {skipped} there already, {len(wrong)} failed", markup=False)
-    if wrong:
-        raise Failure(ExitCode.PARTLY, f"{len(wrong)} of the lines of {path} gave no picture")
+def batch(run: Run, defaults: "Item") -> None:
+    """Makes everything the file asks for that is not there yet.
+
+    Raises:
+        Failure: nothing could be done; or PARTLY when some lines gave no output, INTERRUPTED when it was stopped.
+    """
+    from fastdiff_pipelines.batch import JobError, read_jobs
+
+    try:
+        jobs = read_jobs(run.jobs, defaults)
+        for problem in jobs.problems:
+            err.print(problem, markup=False, style="red")
+        if not jobs.items:
+            raise Failure(ExitCode.INPUT, f"no line of {run.jobs} asks for something possible")
+        job = _job(run, jobs)
+        summary = _ranked(job, run) if _world() > 1 else _whole(job, run)
+    except JobError as error:
+        raise Failure(ExitCode(error.code), str(error)) from error
+    _report(job, jobs, summary, run)
 
 
-def _make(pipe: Any, job: Job, target: Path, model: str, plan: str) -> None:
-    made = picture(pipe, job.settings)
-    about = {key: getattr(job.settings, key) for key in KEYS}
-    # the picture comes last: where it exists, everything about it does
-    write_json(target.with_suffix(".json"), about | {"model": model, "plan": json.loads(plan)})
-    images.write_image(target, made, {"prompt": job.settings.prompt, "seed": job.settings.seed})
+def _job(run: Run, jobs: "Jobs") -> "BatchJob":
+    from fastdiff_pipelines.batch import BatchJob
+
+    try:
+        return BatchJob(
+            jobs.items,
+            run.folder,
+            model=run.model,
+            plan=read_plan(run.plan, run.compile),
+            dtype=run.dtype,
+            format=run.format,
+            seed=run.seed,
+            batch=run.batch,
+            workers=run.workers,
+            attempts=run.attempts,
+            lease_s=run.lease_s,
+            verify=run.verify,
+        )
+    except ValueError as error:
+        raise Failure(ExitCode.USAGE, one_line(error)) from error
+
+
+def _whole(job: "BatchJob", run: Run) -> "Summary":
+    with _stoppable() as stop, _shown(run.progress) as show:
+        return job.run(show, lambda line: err.print(line, markup=False, style="yellow"), stop)
+
+
+def _world() -> int:
+    """How many ranks torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def _ranked(job: "BatchJob", run: Run) -> "Summary":
+    rank, place = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    devices = job.settings.devices
+    with _stoppable() as stop, _shown(run.progress if rank == 0 else "none") as show:
+        return job.run_here(None, show, stop, devices[place % len(devices)], closes=rank == 0)
+
+
+@contextmanager
+def _stoppable() -> "Iterator[Stop]":
+    """Counts Ctrl-C and SIGTERM for the length of a block: once finishes the running batches, twice gives them up."""
+    from fastdiff_pipelines.batch import Stop
+
+    stop = Stop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(one) for one in signals]
+
+    def ask(*_: object) -> None:
+        stop.ask()
+        more = "finishing the running batches; once more gives them up" if stop.asked == 1 else "giving up"
+        err.print(more, style="yellow")
+
+    for one in signals:
+        signal.signal(one, ask)
+    try:
+        yield stop
+    finally:
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
+
+
+@contextmanager
+def _shown(kind: str) -> "Iterator[Callable[[Progress], None]]":
+    """Gives what shows a job's progress."""
+    if kind == "none":
+        yield lambda progress: None
+    elif kind == "json":
+        yield _lines()
+    else:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        with Bars(*columns, console=err, transient=not err.is_terminal) as bars:
+            bar = bars.add_task("starting", total=None)
+
+            def show(now: "Progress") -> None:
+                finished = now.done + now.skipped + now.failed
+                bars.update(bar, total=now.total, completed=finished, description=_words(now))
+
+            yield show
+
+
+def _lines() -> "Callable[[Progress], None]":
+    last, settled = 0.0, -1
+
+    def show(now: "Progress") -> None:
+        nonlocal last, settled
+        finished = now.done + now.skipped + now.failed
+        ended = finished == now.total and finished > settled
+        if ended or time.monotonic() - last >= LINE_EVERY_S:
+            last, settled = time.monotonic(), finished
+            out.print(json.dumps(now.row()), markup=False)
+
+    return show
+
+
+def _words(now: "Progress") -> str:
+    if now.per_second is None:
+        return "starting"
+    pace = f"{now.per_second:.2f}/s" if now.per_second >= 0.1 else f"{1 / now.per_second:.1f} s each"
+    failed = f" · {now.failed} failed" if now.failed else ""
+    return f"{pace} · {_duration(now.left_s or 0.0)} left{failed}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _report(job: "BatchJob", jobs: "Jobs", summary: "Summary", run: Run) -> None:
+    asked = dict(zip(job.ids(), jobs.lines, strict=True))
+    for name, line in summary.failed.items():
+        err.print(f"{run.jobs}:{asked[name]}: {line['error']}: {line['message']}", markup=False, style="red")
+    failed = len(summary.failed) + len(jobs.problems)
+    again = f", {summary.aliases} asked for twice" if summary.aliases else ""
+    left = f", {summary.left} still to do" if summary.left else ""
+    err.print(
+        f"{run.folder}: {summary.done} made, {summary.skipped} there already, {failed} failed{again}{left}"
+        f" in {_duration(summary.seconds)}; see {run.folder / 'index.html'}",
+        markup=False,
+    )
+    if summary.left:
+        raise Failure(ExitCode.INTERRUPTED, f"stopped; the same command makes the {summary.left} that are left")
+    if failed:
+        raise Failure(ExitCode.PARTLY, f"{failed} of the lines of {run.jobs} gave no output")

@@ -143,24 +143,54 @@ def stream(
 
 @app.command()
 def batch(
-    jobs: Annotated[Path, typer.Argument(help="One prompt a line, or one JSON object a line with prompt, seed, ...")],
+    jobs: Annotated[
+        Path, typer.Argument(help="A .csv or .jsonl file with prompt, seed, size, ..., or a prompt a line.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")],
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Items without a seed of their own get one from this and their words.")] = 0,
     steps: Steps = 25,
     guidance: Guidance = 5.0,
     size: Size = None,
     negative: Negative = "",
+    frames: Annotated[int | None, typer.Option(help="Frames of a clip, for models that make clips.")] = None,
+    format: Annotated[str, typer.Option(help="png, jpg, webp or mp4; each file carries its parameters.")] = "png",
+    batch_size: Annotated[int, typer.Option(help="Items in one call; 1 gives the same bytes wherever it runs.")] = 8,
+    workers: Annotated[int | None, typer.Option(help="Processes; one a GPU, or what cores and memory allow.")] = None,
+    attempts: Annotated[int, typer.Option(help="Tries before an item is given up.")] = 3,
+    lease: Annotated[
+        float, typer.Option(help="Seconds after which a silent worker of another machine is dead.")
+    ] = 60.0,
+    verify: Annotated[str, typer.Option(help="What is there is checked by its size, or by its hash.")] = "size",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    progress: Annotated[str, typer.Option(help="bar, json or none.")] = "bar",
     model: Model = None,
     plan: PlanOption = None,
     compile: Compile = None,
 ) -> None:
-    """Make many pictures; those that are there already are not made again."""
-    from fastdiff_app import images
+    """Make everything a file asks for; what is there already is not made again, and a killed job goes on."""
+    from fastdiff_app.batch import Run, defaults
     from fastdiff_app.batch import batch as run
-    from fastdiff_app.generate import Settings
 
-    defaults = Settings("-", negative, seed, steps, guidance, images.parse_size(size))
-    run(jobs, output, defaults, model, plan, compile)
+    given = defaults(steps, guidance, size, negative, frames)
+    run(
+        Run(
+            jobs,
+            output,
+            model,
+            plan,
+            compile,
+            format=format,
+            dtype=dtype,
+            seed=seed,
+            batch=batch_size,
+            workers=workers,
+            attempts=attempts,
+            lease_s=lease,
+            verify=verify,
+            progress=progress,
+        ),
+        given,
+    )
 
 
 @app.command()

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 import fastdiff
+from fastdiff.miniature import untrained
 from fastdiff_app import cli, video
 from fastdiff_app.failures import ExitCode
 from fastdiff_app.record import Record
+from fastdiff_pipelines.batch.outputs import read_about
 
 pytestmark = pytest.mark.usefixtures("untrained_model")
 CIRCLE = "a red circle on a blue background"
@@ -66,23 +68,26 @@ def test_stream_stops_after_the_wanted_frames(program: Any, clip: Path, tmp_path
     assert len(list(video.VideoSource(tmp_path / "o.mkv").read(64, 64))) == 3
 
 
+@pytest.mark.slow
 def test_batch_makes_what_is_missing_and_reports_each_bad_line(program: Any, tmp_path: Path) -> None:
+    untrained().save_pretrained(tmp_path / "model")
     lines = [CIRCLE, '{"prompt": "a green ring", "seed": 4}', '{"prompt": "x", "colour": 1}', "", "# a remark", "{oops"]
-    (tmp_path / "jobs.jsonl").write_text("\n".join(lines), "utf-8")
-    words = ("batch", "jobs.jsonl", "-o", "made", "--steps", 2)
+    (tmp_path / "jobs.txt").write_text("\n".join(lines), "utf-8")
+    words = ("batch", "jobs.txt", "-o", "made", "--steps", 2, "--model", "model", "--workers", 1, "--progress", "json")
     ran = program(*words)
-    assert ran.code == ExitCode.PARTLY
-    assert "jobs.jsonl:3: unknown key 'colour'" in ran.err
-    assert "jobs.jsonl:6: not JSON" in ran.err
+    assert ran.code == ExitCode.PARTLY, ran.err
+    assert "jobs.txt:3: unknown key 'colour'" in ran.err
+    assert "jobs.txt:6: not JSON" in ran.err
     assert "2 made, 0 there already, 2 failed" in ran.err
-    files = _left(tmp_path / "made")
-    assert len(files) == 4
-    ring = next(name for name in files if name.startswith("a-green-ring") and name.endswith("json"))
-    about = json.loads((tmp_path / "made" / ring).read_text("utf-8"))
-    assert (about["seed"], about["steps"], about["model"]) == (4, 2, "mini-sd")
-    before = {name: os.stat(tmp_path / "made" / name).st_mtime_ns for name in files}
+    assert json.loads(ran.out.splitlines()[-1])["done"] == 2
+    files = {path.name for path in (tmp_path / "made").iterdir()}
+    ring = next(name for name in files if name.startswith("a-green-ring"))
+    assert len(files - {"job", "index.html"}) == 2
+    about = read_about(tmp_path / "made" / ring)
+    assert (about["seed"], about["steps"], about["model"][:6]) == (4, 2, "model@")
+    before = {name: os.stat(tmp_path / "made" / name).st_mtime_ns for name in files if name.endswith("png")}
     assert "0 made, 2 there already" in program(*words).err
-    assert {name: os.stat(tmp_path / "made" / name).st_mtime_ns for name in files} == before
+    assert {name: os.stat(tmp_path / "made" / name).st_mtime_ns for name in before} == before
 
 
 def test_doctor_says_what_can_act(program: Any) -> None:
@@ -113,7 +118,7 @@ WRONG = [
     (("generate", "", "-o", "o.png"), ExitCode.USAGE, "prompt is empty", None),
     (("generate", CIRCLE), ExitCode.USAGE, "--output", None),
     (("paint",), ExitCode.USAGE, "paint", None),
-    ((*GENERATE, "--steps", "many"), ExitCode.USAGE, "many", None),
+    ((*GENERATE, "--steps", "many"), ExitCode.USAGE, "--steps", None),
     ((*GENERATE, "--steps", "0"), ExitCode.USAGE, "steps", None),
     ((*GENERATE, "--size", "999999"), ExitCode.USAGE, "from 16 to 4096", None),
     ((*GENERATE, "--seed", "-1"), ExitCode.USAGE, "seed", None),

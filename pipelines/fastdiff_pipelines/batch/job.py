@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastdiff_pipelines.batch.stop import Stop
 from fastdiff_pipelines.batch.worker import Worker
 
 _LOOK_S = 0.25
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,30 @@ class BatchJob:
             Worker(self.work, self.folder, make, device, stop, on_batch=look).run()
         return self._finish(ledger, 0, on_progress, closes)
 
+    def run_with(
+        self,
+        hand_out: Callable[[Path, list[str]], Iterator[dict[str, str]]],
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> Summary:
+        """Lets somebody else's scheduler hand out the work, such as `on_ray.hand_out`.
+
+        Args:
+            hand_out: given the job's file and ids of one pass, has `Worker.process` run somewhere on each of them and
+                gives what it returned. Passes are repeated until nothing is in other hands.
+        """
+        ledger = _Ledger(self)
+        path = self.work.save(self.folder) if ledger.left() else None
+        while path is not None and (names := ledger.open()):
+            before = ledger.left()
+            for _ in hand_out(path, names):
+                ledger.look()
+                on_progress(ledger.pace.now())
+            ledger.look()
+            if ledger.left() == before:
+                # held by workers that may be dead; their leases end
+                time.sleep(min(self.settings.lease_s, _PATIENCE_S))
+        return self._finish(ledger, 0, on_progress)
+
     def _finish(
         self, ledger: "_Ledger", deaths: int, on_progress: Callable[[Progress], None], closes: bool = True
     ) -> Summary:
@@ -253,8 +278,12 @@ class _Ledger:
 
     def left(self) -> int:
         """Items neither done nor given up in this run."""
+        return len(self.open())
+
+    def open(self) -> list[str]:
+        """Ids of what is left, in the order they are worked on."""
         settled = self.manifest.done.keys() | self.failed().keys()
-        return len(self.job.work.items.keys() - settled)
+        return [name for name in self.job.work.items if name not in settled]
 
     def summary(self, deaths: int) -> Summary:
         """What became of the job so far."""

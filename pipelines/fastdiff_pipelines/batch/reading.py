@@ -145,6 +145,15 @@ class _Adapters:
         return Adapter(source, scale, self.known[source])
 
 
+def read_item(row: dict[str, Any], defaults: Item | None = None, folder: Path = Path()) -> Item:
+    """One object with the keys of a line, as an online service gets it.
+
+    Raises:
+        ValueError: it asks for nothing possible.
+    """
+    return _items(row, defaults or Item("-"), _Adapters(folder))[0]
+
+
 def parse_size(value: Any) -> tuple[int, int]:
     """Reads 512, "512" or "768x512" (width first) into (height, width).
 

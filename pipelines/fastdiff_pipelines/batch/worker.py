@@ -67,6 +67,7 @@ class Worker:
         self._order = list(work.items)
         self._start = 0
         self._left: set[str] = set()
+        self._surveyed = False
         self.notes = Notes(work.settings, device, self.name)
 
     def run(self) -> None:
@@ -101,7 +102,11 @@ class Worker:
             For each id "done", "failed", or "elsewhere" when another worker has it.
         """
         names = list(names)
-        self._survey()
+        if self._surveyed:
+            self._refresh()
+            self.claims.look()
+        else:
+            self._survey()
         with self._heartbeat():
             held = self._recheck([name for name in names if name in self._left and self._take(name)])
             for bucket in dict.fromkeys(self.work.items[name].bucket for name in held):
@@ -118,6 +123,7 @@ class Worker:
             if line and not is_there(self.folder, line, self.work.settings.verify):
                 self.manifest.forget(name)
         self._left = {name for name in self._order if not self._is_settled(name)}
+        self._surveyed = True
         self.claims.look()
 
     def _is_settled(self, name: str) -> bool:
