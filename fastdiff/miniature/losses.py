@@ -17,7 +17,7 @@ DEFAULTS = {
 }
 _POOL = 4096  # scenes drawn and encoded at a time, per process
 _SINGLES = 120_000  # images of one object each before pairs and landscapes join
-_NOISY_SHARE = 0.3  # of each batch: timesteps from the noisiest quarter, the others spread over all
+_NOISY_SHARE = 0.6  # of each batch: timesteps from the noisiest quarter, the others spread over all
 _PASSES = 3  # times a pool is used, each with new captions, timesteps and noise
 
 
@@ -64,8 +64,8 @@ class TextToImage(nn.Module):
 
     def __init__(self, device: str) -> None:
         super().__init__()
-        self.text_encoder = models.text_encoder().to(device)
-        self.unet = models.unet().to(device)
+        self.text_encoder = models.text_encoder()
+        self.unet = models.unet()
         self.replica = None if device != "cpu" else Replica(self.unet)
 
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
@@ -129,6 +129,7 @@ def timesteps(batch: int, generator: torch.Generator) -> Tensor:
 def mini_sd(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     """v-prediction on Stable Diffusion's schedule, timesteps stratified over the batch."""
     module = TextToImage(run.device)
+    module.to(run.device)
     tokenize = models.tokenizer.build()
     alphas = models.scheduler().alphas_cumprod.to(run.device)
     pools: dict[int, Pool] = {}
