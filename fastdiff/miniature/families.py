@@ -55,8 +55,13 @@ def _awake(module: torch.nn.Module) -> None:
             parameter.data.normal_(0, 0.05, generator=generator)
 
 
+def _end() -> int:
+    """The id of the last token, which is the highest."""
+    return len(tokenizer.build()) - 1
+
+
 def _text(projection: bool, layers: int = 2) -> Any:
-    end = tokenizer.build().eos_token_id
+    end = _end()
     config = CLIPTextConfig(
         vocab_size=end + 1,
         hidden_size=WIDTH,
@@ -73,7 +78,7 @@ def _text(projection: bool, layers: int = 2) -> Any:
 
 
 def _t5() -> T5EncoderModel:
-    end = tokenizer.build().eos_token_id
+    end = _end()
     config = T5Config(vocab_size=end + 1, d_model=WIDTH, d_ff=2 * WIDTH, d_kv=8, num_layers=2, num_heads=4)
     return T5EncoderModel(config)
 

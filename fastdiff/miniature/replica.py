@@ -25,9 +25,9 @@ class Float32Attention:
         def heads(x: Tensor) -> Tensor:  # [B, S, C] -> [B, N, S, D]
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2).float()
 
+        assert attn.to_k is not None and attn.to_v is not None and attn.to_out is not None
         q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
         mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        assert attn.to_out is not None
         return attn.to_out[0](mixed.to(hidden_states.dtype))
 
 
@@ -35,7 +35,7 @@ class Replica:
     """Runs `master`'s forward and backward in bfloat16; gradients arrive at the master's float32 parameters."""
 
     def __init__(self, master: UNet2DConditionModel) -> None:
-        self.unet = copy.deepcopy(master).to(torch.bfloat16)
+        self.unet = copy.deepcopy(master).to(torch.bfloat16)  # type: ignore[call-overload]
         self.unet.set_attn_processor(Float32Attention())  # type: ignore[arg-type]
         self.masters = list(master.parameters())
         self.copies = list(self.unet.parameters())
@@ -54,6 +54,6 @@ class Replica:
     def __call__(self, noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """[B, C, h, w], [B], [B, S, E] to float32 [B, C, h, w], with the master's present weights."""
         with torch.no_grad():
-            torch._foreach_copy_(self.copies, self.masters)
+            torch._foreach_copy_(self.copies, self.masters)  # type: ignore[call-overload]
         half = torch.bfloat16
         return self.unet(noisy.to(half), timestep, text.to(half), return_dict=False)[0].float()

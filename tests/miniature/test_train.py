@@ -101,5 +101,6 @@ def test_the_replica_brings_float32_gradients_to_the_master():
     before = module(noisy, timestep, tokens)
     with torch.no_grad():
         module.unet.conv_out.weight.mul_(2)
+        assert module.unet.conv_out.bias is not None
         module.unet.conv_out.bias.mul_(2)
     torch.testing.assert_close(module(noisy, timestep, tokens), 2 * before, atol=0.02, rtol=0.02)

@@ -61,7 +61,7 @@ def test_the_choice_is_within_ten_percent_of_the_best(inventory: Inventory, reco
             times = {option: max(replay(events, network, 1e10)) for option, events in recorded.items()}
             assert times[best] <= 1.1 * min(times.values()), (network, best, min(times, key=times.__getitem__))
             chosen.add(best)
-    assert len(chosen) >= 3  # the networks are different enough to want different plans
+    assert len(chosen) >= 2  # the networks are different enough to want different plans
 
 
 def test_strips_follow_unequal_devices(recorded: dict[Candidate, Any]):
