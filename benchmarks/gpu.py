@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff
 from benchmarks.full_size import FULL, SHRUNKEN, Architecture, build
+from benchmarks.parallel import efficiency_suite
 from benchmarks.record import Record, Row, could_not_run
 from fastdiff.quality import Interval
 from fastdiff.runtime.compile import Compile
@@ -167,7 +168,7 @@ class _Case:
             self._push(stream)
 
 
-SUITES: dict[str, Callable[[Place], Iterator[Row]]] = {"stream": stream_suite}
+SUITES: dict[str, Callable[[Place], Iterator[Row]]] = {"stream": stream_suite, "parallel": efficiency_suite}
 
 
 def place(shrunken: bool = False) -> Place:

@@ -378,6 +378,6 @@ def clear_parallel_config(denoiser: Any) -> None:
     """Take diffusers' parallel configuration off a denoiser and its attention processors."""
     denoiser._parallel_config = None
     for part in denoiser.modules():
-        processor = getattr(part, "processor", None)
+        processor: Any = getattr(part, "processor", None)
         if getattr(processor, "_parallel_config", None) is not None:
             processor._parallel_config = None

@@ -157,7 +157,7 @@ def peak_bytes(module: Any, args: tuple, kwargs: dict[str, Any]) -> int:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     named = (*module.named_parameters(), *module.named_buffers())
     with torch.no_grad(), fake:
-        twins = {name: fake.from_tensor(tensor.detach()) for name, tensor in named}
+        twins: dict[str, Any] = {name: fake.from_tensor(tensor.detach()) for name, tensor in named}
         weights = {twin.untyped_storage()._cdata for twin in twins.values()}
         args, kwargs = tree_map_only(torch.Tensor, lambda tensor: fake.from_tensor(tensor), (args, kwargs))
         for leaf in tree_leaves((args, kwargs)):

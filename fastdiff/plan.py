@@ -1,7 +1,7 @@
 """A plan: which accelerations, with which settings, in which order. Hashable, and the same after JSON and back."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -53,11 +53,11 @@ class Plan:
         PlanError: wrong order (the right one is printed), a kind twice, or two that cannot work together.
     """
 
-    accelerations: tuple[Acceleration, ...] = ()
+    accelerations: Sequence[Acceleration] = ()
     name: str = ""
 
     def __post_init__(self):
-        accelerations = self.accelerations
+        accelerations: Any = self.accelerations
         if isinstance(accelerations, Acceleration):
             accelerations = (accelerations,)
         elif isinstance(accelerations, Plan):

@@ -27,9 +27,10 @@ SIZE = 32
 
 def _tiny_decoder(pipe: Any) -> TinyDecoder:
     torch.manual_seed(3)
-    parts = anatomy(pipe)
+    channels = anatomy(pipe).latent_channels
+    assert channels is not None
     tiny = AutoencoderTiny(
-        latent_channels=parts.latent_channels,
+        latent_channels=channels,
         encoder_block_out_channels=(8, 8, 8),
         decoder_block_out_channels=(8, 8, 8),
         num_encoder_blocks=(1, 1, 1),
@@ -113,7 +114,7 @@ def run(pipe: Any, prompt: Any = "a red circle", seed: int = 0, **settings: Any)
     return output.images.clone()
 
 
-def at_step(pipe: Any, step: int, action: Callable[[Any], None]) -> dict[str, Any]:
+def at_step(pipe: Any, step: int, action: Callable[[Any], Any]) -> dict[str, Any]:
     """Arguments that make a call of the pipeline do `action(running pipeline)` after a step, or after all (-1)."""
 
     def new(running: Any, index: int, timestep: Any, tensors: dict) -> dict:
@@ -129,7 +130,7 @@ def at_step(pipe: Any, step: int, action: Callable[[Any], None]) -> dict[str, An
     return {"callback_on_step_end": new} if modern else {"callback": old, "callback_steps": 1}
 
 
-def marks(pipe: Any) -> dict[str, dict[str, int]]:
+def marks(pipe: Any) -> dict[str, dict[str, Any]]:
     """Every attribute of the pipeline and of all its modules, by identity of the value."""
     found = {"": _attributes(pipe)}
     for name, part in pipe.components.items():
@@ -138,7 +139,7 @@ def marks(pipe: Any) -> dict[str, dict[str, int]]:
     return found
 
 
-def _attributes(owner: Any) -> dict[str, int]:
+def _attributes(owner: Any) -> dict[str, Any]:
     per_call = ("_guidance", "_num_timesteps", "_interrupt", "_current", "_joint", "_clip", "_cross", "_denoising")
     plain = {key: id(value) for key, value in vars(owner).items() if not key.startswith(per_call)}
     stores = {

@@ -46,7 +46,7 @@ def test_two_layers_are_on_top_together_and_not_apart():
 def test_a_deleted_attribute_is_noticed():
     thing, one = Thing(), hooks()
     one.set(thing, "name", "new")
-    del thing.name
+    delattr(thing, "name")
     with pytest.raises(RemovalOrder):
         check_on_top([one])
 

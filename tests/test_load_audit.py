@@ -1,7 +1,10 @@
 """Loading and auditing."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fastdiff
 from fastdiff.anatomy import anatomy, capture
@@ -64,7 +67,7 @@ def test_the_memory_estimate_agrees_with_what_the_allocator_saw(name: str):
     torch.set_num_threads(1)
     pipe = family(name)
     denoiser, args, kwargs = capture(pipe, 64, 64)
-    inputs = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     measured = _measured(denoiser, args, kwargs) + sum(tensor.nbytes for tensor in inputs)
     assert peak_bytes(denoiser, args, kwargs) == pytest.approx(measured, rel=0.15)
 
@@ -72,7 +75,8 @@ def test_the_memory_estimate_agrees_with_what_the_allocator_saw(name: str):
 def _measured(module, args, kwargs) -> int:
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
         module(*args, **kwargs)
-    events = profile.profiler.kineto_results.events()
+    profiler: Any = profile.profiler
+    events = profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     now = peak = 0
     for _, change in changes:

@@ -1,5 +1,6 @@
 """The shipped weights: where they lie, how they are written, and how they become a pipeline."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -73,3 +74,7 @@ def _export_text_to_image(state: dict[str, Tensor]) -> None:
     denoiser.load_state_dict({key.removeprefix("unet."): v for key, v in state.items() if key.startswith("unet.")})
     pipe: StableDiffusionPipeline = models.pipeline(load_autoencoder(), text, denoiser)
     pipe.to(torch.float16).save_pretrained(FOLDER / "mini-sd")
+    config = FOLDER / "mini-sd" / "vae" / "config.json"
+    # Where it was loaded from is nobody's business, and AutoencoderTiny warns of the other on every load.
+    kept = {k: v for k, v in json.loads(config.read_text()).items() if k not in ("_name_or_path", "block_out_channels")}
+    config.write_text(json.dumps(kept, indent=2) + "\n")

@@ -21,7 +21,7 @@ def pipe():
 
 def graphs(handle) -> tuple[int, int]:
     """How many graphs the report tells of, and how many of them were compiled again."""
-    compiled, again = re.search(r"(\d+) graph\(s\) compiled, (\d+) of them again", str(handle.report())).groups()
+    ((compiled, again),) = re.findall(r"(\d+) graph\(s\) compiled, (\d+) of them again", str(handle.report()))
     return int(compiled), int(again)
 
 

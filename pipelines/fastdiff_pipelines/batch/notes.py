@@ -43,8 +43,8 @@ class Notes:
             "made_with": f"fastdiff {_version('fastdiff')}",
         }
 
-    def done(self, name: str, one: Done, path: str, data: bytes, write_s: float) -> dict[str, Any]:
-        """The line of a finished output.
+    def done(self, name: str, one: Done, path: str, data: bytes, write_s: float, deaths: int) -> dict[str, Any]:
+        """The line of a finished output; `deaths` counts the workers that died with it in hand before.
 
         Its `class` says what a second run gives: "bitwise" the same bytes (made alone: same plan, device, threads and
         versions), "tolerance" the same up to rounding, "altered" where saving memory changed how it was made.
@@ -60,6 +60,7 @@ class Notes:
             "seed": one.item.seed,
             "attempts": one.attempts,
             "batch": one.batch,
+            "deaths": deaths,
             "class": "altered" if one.measures else alone,
             "measures": list(one.measures),
             "seconds": share | {"write": round(write_s, 6)},

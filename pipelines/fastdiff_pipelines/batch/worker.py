@@ -240,7 +240,7 @@ class Worker:
         except ValueError as error:
             return self.notes.failed(name, Failed(one.item, type(error).__name__, one_line(error), one.attempts))
         write_whole(path, data, durable=False)
-        return self.notes.done(name, one, path.name, data, time.perf_counter() - begun)
+        return self.notes.done(name, one, path.name, data, time.perf_counter() - begun, self.claims.held[name])
 
     @contextmanager
     def _heartbeat(self) -> Iterator[None]:
@@ -290,7 +290,9 @@ def start(work: Work, folder: Path, device: str, stop: Stop) -> None:
     """
     from fastdiff_pipelines.batch.maker import load
 
-    Worker(work, folder, load(work.settings, device), device, stop).run()
+    make = load(work.settings, device)
+    print(f"ready {time.time():.3f}", flush=True)
+    Worker(work, folder, make, device, stop).run()
 
 
 if __name__ == "__main__":
