@@ -140,7 +140,10 @@ def launch(
     Raises:
         TimeoutError: the processes did not finish in time.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    # one server imports what the function needs, and its forks begin at once; it has touched no device yet
+    context: Any = torch.multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+    if hasattr(os, "fork"):
+        context.set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as folder:
         workers, starts = [], []
         for rank in range(ranks):
@@ -188,7 +191,8 @@ def _serve(
     try:
         communicator = connect(folder, rank, ranks)
         started.send(rank)
-        faulthandler.dump_traceback_later(max(1.0, timeout_s - 2), exit=True)
+        # the launcher ends a process that is late; this only says where it stood
+        faulthandler.dump_traceback_later(max(1.0, timeout_s - 2))
         with using(communicator):
             result = function(communicator, *args)
         communicator.drain()
