@@ -29,12 +29,22 @@ def load_pipeline(model: str | None, task: str) -> Any:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import fastdiff
 
+    _quieten()
     try:
         pipe = fastdiff.load(model, task=task)
     except (OSError, ValueError, KeyError, TypeError, ImportError, NotImplementedError, RuntimeError) as error:
         raise Failure(ExitCode.MODEL, f"cannot load {model or 'the embedded model'}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _quieten() -> None:
+    """Leaves only the bars of downloads, which may take long."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def read_plan(text: str | None, compile: bool | None = None) -> "Plan":

@@ -18,6 +18,8 @@ from fastdiff.anatomy import COMPILED_CALL, anatomy, capture, compiled_regions, 
 from fastdiff.hooks import Hooks
 
 SCOPES = ("auto", "regional", "whole")
+MARK = "_fastdiff_compiled"
+"""Set on a denoiser while `Compile` acts on it, so that a stream knows to keep its calls at one shape."""
 _RECOMPILE_LIMIT = 64
 
 
@@ -93,6 +95,7 @@ class Compile(Acceleration):
             for region in regions:
                 graphs.compile_innermost(region)
             hooks.wrap(module, "forward", graphs.around)
+            hooks.set(module, MARK, True)
             hooks.counter.note(f"{name}: {len(regions)} region(s) compiled, each one graph")
         for height, width in self.shapes:
             module, args, kwargs = capture(pipe, height, width)

@@ -14,6 +14,7 @@ import torch
 
 from fastdiff.acceleration import Unsupported
 from fastdiff.anatomy import COMPILED_CALL
+from fastdiff.runtime.compile import MARK
 from fastdiff.sampling import algebra, schedule
 
 Conditioning = dict[str, torch.Tensor]
@@ -316,7 +317,7 @@ def dynamic_mu(scheduler: Any, tokens: int) -> float | None:
 
 def is_compiled(module: Any) -> bool:
     """Whether torch.compile acts on a model or on any part of it."""
-    if hasattr(module, "_orig_mod"):
+    if hasattr(module, "_orig_mod") or getattr(module, MARK, False):
         return True
     return any(
         hasattr(part, "_orig_mod") or getattr(part, COMPILED_CALL, None) is not None for part in module.modules()
