@@ -40,6 +40,7 @@ peers: $(READY)
 
 readme: $(READY)
 	@$(PYTHON_IN) -m benchmarks.readme
+	@$(PYTHON_IN) -m benchmarks.card
 
 clean:
 	rm -rf out .venv .peers

@@ -341,7 +341,8 @@ def test_compiles_without_graph_breaks_or_says_why_not(name: str, kind: str, exa
         assert marks(pipe) == before
         return
     with fastdiff.accelerate(pipe, [one, Compile(backend="eager")]) as handle:
-        torch.testing.assert_close(run(pipe), expected, rtol=0, atol=1e-4)
+        for _ in range(2):  # what is kept from call to call acts from the second on
+            torch.testing.assert_close(run(pipe), expected, rtol=0, atol=1e-4)
         rows = {row.name: row for row in handle.report().rows}
     assert rows["Compile"].accelerated == rows["Compile"].seen > 0
     assert rows[kind].accelerated > 0
