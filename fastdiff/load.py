@@ -36,12 +36,12 @@ def load(name_or_path: Any = None, task: str = "text-to-image", device: Any = No
     auto = AutoPipelineForImage2Image if task == "image-to-image" else AutoPipelineForText2Image
     try:
         try:
-            pipe = auto.from_pretrained(name, torch_dtype=dtype)
+            pipe = auto.from_pretrained(name, dtype=dtype)
         except ValueError as error:
             if "AutoPipeline can't find" not in str(error):
                 raise
             # a class diffusers has no task table for is loaded as it names itself
-            pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype)
             if (task == "image-to-image") != ("Img2Img" in type(pipe).__name__):
                 raise LoadError(f"{name} is a {type(pipe).__name__}, which diffusers cannot use for {task}") from error
     except LoadError:

@@ -30,7 +30,7 @@ def path(name: str = "mini-sd") -> Path:
 
 def load_autoencoder() -> AutoencoderTiny:
     """The trained autoencoder in float32, with the scaling factor that gives latents unit variance."""
-    return AutoencoderTiny.from_pretrained(FOLDER / "mini-sd" / "vae", torch_dtype=torch.float32).eval()
+    return AutoencoderTiny.from_pretrained(FOLDER / "mini-sd" / "vae", dtype=torch.float32).eval()
 
 
 def load_into(name: str, module: nn.Module) -> bool:
