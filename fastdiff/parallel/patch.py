@@ -216,7 +216,8 @@ class _Denoiser:
         _refuse_uncuttable(arguments, name)
         strips, sample = forward.strips, arguments[name]
         low, high = strips.own(self.communicator.rank)
-        if self.rules.entry:
+        # a UNet looks at its input's height to see whether halves will be uneven; rows of a neighbour would mislead it
+        if self.rules.entry and strips.rows % self.multiple == 0:
             low, high = layers.kernel_of(self.denoiser.conv_in).needs((low, high))
             low, high = max(0, low), min(strips.rows, high)
             forward.halo_in_input = True

@@ -142,8 +142,8 @@ class DiffusersMaker:
             found |= {"height": first.height, "width": first.width}
         if first.frames is not None:
             found["num_frames"] = first.frames
-        takes_all = any(one.kind is one.VAR_KEYWORD for one in self._parameters.values())
-        missing = [] if takes_all else [name for name in found if name not in self._parameters]
+        # a **kwargs counts for nothing: diffusers' pipelines have one for outdated names and ignore all others
+        missing = [name for name in found if name not in self._parameters]
         if missing:
             raise ValueError(f"{type(self.pipe).__name__} takes no {' or '.join(missing)}")
         return found
