@@ -35,7 +35,7 @@ def test_the_toy_network_by_hand():
         if isinstance(module, nn.GroupNorm):
             # mean and squares of every group of both rows of the batch
             module.register_forward_pre_hook(
-                lambda part, args: _count(seen, "normalization", 2 * 2 * 4 * part.num_groups)
+                lambda part, args: _count(seen, "normalization", 2 * 2 * 4 * part.num_groups)  # type: ignore[operator]
             )
     for block in parts:
         if type(block).__name__ == "BasicTransformerBlock":
