@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 
 import fastdiff
 from fastdiff.parallel.branches import BranchParallel
-from fastdiff.parallel.communicator import Communicator, RankFailed, Stopped
+from fastdiff.parallel.communicator import Communicator, RankFailed, Stopped, using
 from fastdiff.parallel.context import ContextParallel
 from fastdiff.parallel.controlnet import RemoteControlNet, serve
 from fastdiff.parallel.decoder import DecoderParallel
@@ -87,7 +87,8 @@ def _on_processes(communicator: Communicator, folder: str) -> dict[str, Any]:
         os.makedirs(place, exist_ok=True)
         communicator = connect(place, communicator.rank, communicator.size)
         try:
-            found[name] = trouble(communicator)
+            with using(communicator):
+                found[name] = trouble(communicator)
         except Exception as error:
             found[name] = (type(error).__name__, str(error), len(communicator._pending))
     return found
@@ -220,10 +221,6 @@ def test_links_are_measured(both: Any):
     assert network.bytes_per_s > 0
 
 
-@pytest.mark.xfail(
-    reason="known fault: ranks report 'Group is not registered' as RankFailed instead of the failing rank's own error",
-    strict=False,
-)
 @pytest.mark.parametrize("name", TROUBLES)
 def test_nobody_hangs(both: Any, name: str):
     processes, _ = both
