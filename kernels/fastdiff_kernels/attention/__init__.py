@@ -1,0 +1,131 @@
+"""Attention over chosen key blocks, exact or 8-bit, with the log-sum-exp out and a far field merged in.
+
+One signature for every path: "reference" (plain torch, slow and obvious), "triton" (one kernel family, Ampere to
+Hopper), and on CPUs "gather" and "masked" (see `cpu`). `path=None` takes Triton on CUDA and "gather" elsewhere.
+"""
+
+import torch
+from torch import Tensor
+
+from fastdiff_kernels.quantise import Quantised, quantise
+
+from .blocks import Selection, blocks_in
+
+__all__ = ["PATHS", "PRECISIONS", "Selection", "attention", "blocks_in", "merge"]
+
+PATHS = ("reference", "triton", "gather", "masked")
+PRECISIONS = ("exact", "int8", "int8_fp8")
+HEADS = (1, 256)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    selection: Selection | None = None,
+    precision: str = "exact",
+    lengths: Tensor | None = None,
+    far: tuple[Tensor, Tensor] | None = None,
+    path: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ scale) v over the selected blocks.
+
+    Args:
+        q: [B, N, S, D] float16, bfloat16 or float32 (references also float64); any strides.
+        k, v: [B, M, T, D] of q's dtype and device; N is a multiple of M (grouped queries).
+        scale: 1/√D where None.
+        selection: key blocks of each query block; all where None.
+        precision: "exact"; "int8" quantises q and the smoothed k (SageAttention, https://arxiv.org/abs/2410.02367);
+            "int8_fp8" also takes probabilities and values in e4m3 (SageAttention2, https://arxiv.org/abs/2411.10958).
+        lengths: int32 [B], how many keys count, from the first; all where None.
+        far: (output [B, N, S, D], log-sum-exp float32 [B, N, S]) of the other keys, merged in before writing.
+        path: one of `PATHS`.
+
+    Returns:
+        Output [B, N, S, D] in q's dtype, and the natural log-sum-exp [B, N, S] in float32 (float64 for float64). A row
+        without keys gives 0 and -inf. A NaN or infinity reaches the rows that attend to it and no others: with 8 bits,
+        all rows and keys that share its scale, and with smoothed keys its whole head.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names that do not fit.
+    """
+    path = path or ("triton" if q.is_cuda else "gather")
+    _check(q, k, v, precision, path)
+    _check_extras(q, k, selection, lengths, far)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if 0 in (q.shape[0], q.shape[1], q.shape[2], k.shape[2]):
+        near = q.new_zeros(q.shape), q.new_full(q.shape[:3], float("-inf"), dtype=_accumulator(q))
+        return near if far is None else (merge(*near, *far))
+    if path in ("gather", "masked"):
+        from . import cpu
+
+        return cpu.attention(q, k, v, scale, selection, precision, lengths, far, masked=path == "masked")
+    quantised: Quantised | None = None
+    if precision != "exact":
+        quantised = quantise(q, k, v, scale=scale, fp8=precision == "int8_fp8", path=path)
+    if path == "triton":
+        from . import triton as fast
+
+        return fast.attention(q, k, v, scale, selection, quantised, lengths, far)
+    from . import reference
+
+    if quantised is not None:
+        return reference.quantised_attention_reference(q, quantised, v, selection, lengths, far)
+    return reference.attention_reference(q, k, v, scale, selection, lengths, far)
+
+
+def merge(output: Tensor, lse: Tensor, far_output: Tensor, far_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join attention over two disjoint sets of keys: outputs [B, N, S, D], natural log-sum-exps [B, N, S]."""
+    top = torch.maximum(lse, far_lse)
+    top = torch.where(top == float("-inf"), 0, top)
+    near, far = (lse - top).exp()[..., None], (far_lse - top).exp()[..., None]
+    total = near + far
+    # a far field of a whole row of nothing may hold anything
+    joined = near * output.to(near.dtype) + torch.where(far > 0, far * far_output.to(near.dtype), 0)
+    joined = torch.where(total == 0, 0, joined / total)
+    return joined.to(output.dtype), top + total[..., 0].log()
+
+
+def _accumulator(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, precision: str, path: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
+    if path not in PATHS:
+        raise ValueError(f"path {path!r} is not known; use one of {', '.join(PATHS)}")
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"attention takes q [B, N, S, D] and k, v [B, M, T, D], not {list(q.shape)}, {list(k.shape)}, "
+            f"{list(v.shape)}"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q {list(q.shape)} and k {list(k.shape)} differ in batch or head size, or q's heads are no multiple of k's"
+        )
+    allowed = (torch.float16, torch.bfloat16, torch.float32)
+    if path != "triton":
+        allowed = (*allowed, torch.float64)
+    if q.dtype not in allowed or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v are of one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if not HEADS[0] <= q.shape[3] <= HEADS[1]:
+        raise ValueError(f"a head has {HEADS[0]} to {HEADS[1]} channels, not {q.shape[3]}")
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"q, k and v lie on {q.device}, {k.device}, {v.device}; move them to one device")
+
+
+def _check_extras(
+    q: Tensor, k: Tensor, selection: Selection | None, lengths: Tensor | None, far: tuple[Tensor, Tensor] | None
+) -> None:
+    if selection is not None:
+        selection.check(q, k)
+    if lengths is not None and (lengths.shape != q.shape[:1] or lengths.dtype != torch.int32):
+        raise ValueError(f"lengths are int32 [{q.shape[0]}], not {lengths.dtype} {list(lengths.shape)}")
+    if far is not None and (far[0].shape != q.shape or far[1].shape != q.shape[:3]):
+        raise ValueError(
+            f"a far field for q {list(q.shape)} has that shape and a log-sum-exp {list(q.shape[:3])}, "
+            f"not {list(far[0].shape)} and {list(far[1].shape)}"
+        )
