@@ -16,6 +16,7 @@ from fastdiff.acceleration import Unsupported
 from fastdiff.anatomy import COMPILED_CALL
 from fastdiff.runtime.compile import MARK
 from fastdiff.sampling import algebra, schedule
+from fastdiff_pipelines.conditions import adapter_scales, control_residuals, picture_rows
 
 Conditioning = dict[str, torch.Tensor]
 
@@ -61,6 +62,12 @@ class Denoiser:
     def encode_negative(self, prompt: str, embedded_guidance: float) -> Conditioning:
         """Conditioning of a negative prompt, one row; "" is what the pipeline itself takes when none is given."""
         raise NotImplementedError
+
+    def pictures(self, settings: Any) -> Conditioning:
+        """Conditioning of the settings' pictures, one row."""
+        if settings.control is not None or settings.image_prompt is not None:
+            raise Unsupported(f"pictures as conditions work with UNets, not with {type(self.module).__name__}")
+        return {}
 
     def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Output ``[B, C, h, w]`` for states ``x`` of that shape at ``timesteps`` ``[B]``."""
@@ -119,17 +126,26 @@ class UNet(Denoiser):
         return torch.tensor([[*size, 0.0, 0.0, 6.0]])
 
     def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        added = None
+        added: dict[str, Any] | None = None
         if self.sizes:
             added = {"text_embeds": conditioning["text_embeds"], "time_ids": conditioning["time_ids"]}
-        return self.module(
-            x,
-            timesteps,
-            encoder_hidden_states=conditioning["encoder_hidden_states"],
-            timestep_cond=conditioning.get("timestep_cond"),
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
+        net = getattr(self.pipe, "controlnet", None)
+        options = control_residuals(net, x, timesteps, conditioning, added)
+        if "image_embeds" in conditioning:
+            added = {**(added or {}), "image_embeds": [conditioning["image_embeds"]]}
+        with adapter_scales(self.module, conditioning):
+            return self.module(
+                x,
+                timesteps,
+                encoder_hidden_states=conditioning["encoder_hidden_states"],
+                timestep_cond=conditioning.get("timestep_cond"),
+                added_cond_kwargs=added,
+                return_dict=False,
+                **options,
+            )[0]
+
+    def pictures(self, settings: Any) -> Conditioning:
+        return picture_rows(self.pipe, self.module, self.height, self.width, settings)
 
 
 class SD3(Denoiser):

@@ -121,6 +121,11 @@ class Stream:
         """Frames pushed that have not come out yet."""
         return len(self._order)
 
+    @property
+    def spent_ms(self) -> tuple[float, float, float]:
+        """Time so far in the encoder, the denoiser and the decoder."""
+        return self._session.encode_ms, self._denoise_ms, self._session.decode_ms
+
     def push(self, frame: Any = None, frame_id: Any = None, captured: float | None = None) -> list[Output]:
         """Put a frame in and take out whatever is finished, in order of pushing.
 
@@ -172,7 +177,7 @@ class Stream:
         yield from self.flush()
 
     def update(self, **changes: Any) -> None:
-        """Change settings live: any of `Settings`, and `on_update`. Either all changes take effect or none.
+        """Change settings live: any of `Settings`, `on_update` and `similarity`. All changes take effect or none.
 
         Under "finish" frames pushed from now on get them. Under "retarget" frames in flight are moved too: each goes to
         the step of the new schedule that matches its progress, its clean estimate and noise re-mixed to that level.
@@ -183,6 +188,7 @@ class Stream:
             ValueError: an impossible value.
         """
         policy = _policy(changes.pop("on_update", self.on_update))
+        skipping = _filter(changes.pop("similarity")) if "similarity" in changes else self._filter
         settings = self.settings.changed(**changes)
         with self._session.running():
             prepared = self._session.prepare(settings)
@@ -193,6 +199,7 @@ class Stream:
                     _retarget(slot, prepared)
         self.on_update, self._session.prepared = policy, prepared
         self._batch.padded = self._padded()
+        self._filter = skipping
         if self._filter is not None:
             self._filter.reset()
 
