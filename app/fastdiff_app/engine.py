@@ -45,6 +45,9 @@ def _quieten() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    # the variable is read on import, which may have been long ago
+    if os.environ["DIFFUSERS_VERBOSITY"] == "error":
+        diffusers_logging.set_verbosity_error()
 
 
 def read_plan(text: str | None, compile: bool | None = None) -> "Plan":
