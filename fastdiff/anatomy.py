@@ -381,3 +381,13 @@ def clear_parallel_config(denoiser: Any) -> None:
         processor: Any = getattr(part, "processor", None)
         if getattr(processor, "_parallel_config", None) is not None:
             processor._parallel_config = None
+
+
+def attention_backend(denoiser: Any) -> str:
+    """The attention backend diffusers was told to use for a denoiser, "native" where it was told nothing."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    processors = [getattr(part, "processor", None) for part in denoiser.modules()]
+    chosen = {getattr(one, "_attention_backend", None) for one in processors} - {None}
+    backend: Any = next(iter(chosen), _AttentionBackendRegistry._active_backend)
+    return str(getattr(backend, "value", backend))

@@ -15,6 +15,7 @@ PRESETS = ("exact", "balanced", "fast")
 MEMBERS = {
     "Precision": "fastdiff.runtime.precision",
     "TinyDecoder": "fastdiff.runtime.tiny_decoder",
+    "SparseAttention": "fastdiff.attention.sparse",
     "DiffusersCache": "fastdiff.caching.diffusers_cache",
     "PromptCache": "fastdiff.runtime.prompt_cache",
     "PatchParallel": "fastdiff.parallel.patch",

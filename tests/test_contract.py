@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny
 import fastdiff
 from fastdiff.acceleration import STAGES, NotEngaged
 from fastdiff.anatomy import anatomy, capture
+from fastdiff.attention.sparse import SparseAttention
 from fastdiff.caching.diffusers_cache import DiffusersCache
 from fastdiff.hooks import RemovalOrder
 from fastdiff.miniature.families import FAMILIES, family
@@ -39,6 +40,8 @@ def _tiny_decoder(pipe: Any) -> TinyDecoder:
     return TinyDecoder(tiny)
 
 
+_SMALL: dict[str, Any] = dict(density=0.5, query_block=4, key_block=4, warm_up=2, refresh=3, minimum_tokens=8)
+
 # settings that make a member act within a few steps of a tiny random model; absent means its defaults
 EXAMPLES: dict[str, dict[str, Callable[[Any], Any]]] = {
     "Precision": {
@@ -46,6 +49,12 @@ EXAMPLES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "bfloat16": lambda pipe: Precision("bfloat16", "contiguous"),
     },
     "TinyDecoder": {"given": _tiny_decoder},
+    "SparseAttention": {
+        "tracked": lambda pipe: SparseAttention(far="tracked", **_SMALL),
+        "ratio": lambda pipe: SparseAttention(far="ratio", **_SMALL),
+        "antidiagonal": lambda pipe: SparseAttention(select="antidiagonal", far="none", **_SMALL),
+        "int8": lambda pipe: SparseAttention(density=1, precision="int8", minimum_tokens=8),
+    },
     "DiffusersCache": {
         "first_block": lambda pipe: DiffusersCache(threshold=0.5, warm_up=2),
         "taylorseer": lambda pipe: DiffusersCache(method="taylorseer", warm_up=2),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff_kernels.attention import PRECISIONS, Selection, attention, blocks_in, merge
+from fastdiff_kernels.attention.cpu import flex
 
 PATHS = ("reference", "triton", "gather", "masked")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -233,3 +234,15 @@ def test_wrong_input_is_refused_with_a_reason():
             attention(**{"q": q, "k": k, "v": v, **changed})
     with pytest.raises(ValueError, match="powers of two"):
         attention(q, k, v, selection=random_selection(q, k, 1.0, 8), path="triton")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE != "cpu", reason="the compiled flex path is for CPUs")
+def test_compiled_flex_attention_equals_the_formula():
+    q, k, v = tensors(64, 64, 16)
+    selection = random_selection(q, k, 0.7)
+    everywhere = Selection.from_mask(selection.mask(4) | torch.eye(4, dtype=torch.bool), 16, 16)
+    output = flex(q, k, v, 0.25, everywhere)
+    torch.testing.assert_close(output.double(), truth(q, k, v, tokens(everywhere, 64, 64))[0], rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match="whole blocks"):
+        flex(q[:, :, :60], k, v, 0.25, random_selection(q[:, :, :60], k))

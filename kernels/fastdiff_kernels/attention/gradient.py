@@ -24,7 +24,7 @@ class BlockSparse(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(context: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, *gradients: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of q, k, v; None for the rest."""
         q, k, v, output, lse = context.saved_tensors
         scale, selection, path = context.settings

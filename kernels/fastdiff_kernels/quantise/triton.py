@@ -43,9 +43,8 @@ def _statistics_kernel(
     v_sum = tl.zeros([PADDED], tl.float32)
     v_low = tl.full([PADDED], float("inf"), tl.float32)
     v_high = tl.full([PADDED], float("-inf"), tl.float32)
-    for start in range(0, CHUNK, STEP):
-        first = chunk * CHUNK + start
-        tokens = first + tl.arange(0, STEP)
+    for part in range(CHUNK // STEP):
+        tokens = chunk * CHUNK + part * STEP + tl.arange(0, STEP)
         seen = (tokens[:, None] < keys) & inside[None, :]
         k = tl.load(
             k_ptr + b * k_batch + m * k_head + tokens[:, None] * k_token + channels[None, :], mask=seen, other=0
@@ -73,7 +72,7 @@ def _round(x):
 @triton.jit
 def _integers(x, HIGH: tl.constexpr):
     """int8 values of a tile and its scale; NaN where anything in it is not finite."""
-    scale = (tl.max(tl.abs(x)) + tl.sum(x) * 0.0) / HIGH
+    scale = (tl.max(tl.abs(x)) + tl.sum(x) * 0.0) / HIGH  # type: ignore[operator]
     scale = tl.where(scale == 0.0, 1.0, scale)
     whole = tl.minimum(tl.maximum(_round(x / scale), -HIGH), HIGH)
     return tl.where(scale == scale, whole, 0.0).to(tl.int8), scale
