@@ -1,0 +1,103 @@
+"""Networks of a diffusers pipeline as losses call them: the teacher as it is, the student with a LoRA or in full."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.acceleration import Unsupported
+from fastdiff.anatomy import anatomy
+from fastdiff.distillation.networks import Condition, Levels, Network
+
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj",
+    "downsamplers.0.conv", "upsamplers.0.conv",
+)  # fmt: skip
+"""Layers of UNets and DiTs that a LoRA adapts (the list of diffusers' LCM-LoRA script, and DiTs' own names)."""
+
+
+def as_network(module: nn.Module, levels: Levels) -> Network:
+    """``net(x, level, condition)`` around a UNet's or transformer's forward."""
+    first = "sample" if "UNet" in type(module).__name__ else "hidden_states"
+
+    def network(x: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        return module(**{first: x, "timestep": levels.told(level)}, **condition, return_dict=False)[0]
+
+    return network
+
+
+def averaged(module: nn.Module, levels: Levels, values: dict[str, Tensor]) -> Network:
+    """The same network with other values for some of its parameters, which may change between calls."""
+    first = "sample" if "UNet" in type(module).__name__ else "hidden_states"
+
+    def network(x: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        arguments = {first: x, "timestep": levels.told(level), **condition, "return_dict": False}
+        return torch.func.functional_call(module, values, (), arguments)[0]
+
+    return network
+
+
+def encoder(pipe: Any) -> Callable[[Sequence[str]], Condition]:
+    """What the pipeline makes of captions: a function to the denoiser's keyword arguments, computed once a caption.
+
+    Raises:
+        Unsupported: for families whose conditioning is not known here.
+    """
+    kind = type(pipe).__name__
+    if kind not in ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "PixArtAlphaPipeline"):
+        raise Unsupported(
+            f"distillation does not know how {kind} conditions its denoiser; it knows Stable Diffusion 1 and 2, "
+            "Stable Diffusion 3 and PixArt-alpha"
+        )
+    device = anatomy(pipe).denoiser.device
+    kept: dict[str, tuple[Tensor, ...]] = {}
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> Condition:
+        new = sorted(set(prompts) - kept.keys())
+        if new:
+            if kind == "StableDiffusion3Pipeline":
+                text, _, pooled, _ = pipe.encode_prompt(
+                    new, None, None, device=device, do_classifier_free_guidance=False
+                )
+                rows = zip(text, pooled, strict=True)
+            elif kind == "PixArtAlphaPipeline":
+                text, mask, _, _ = pipe.encode_prompt(new, do_classifier_free_guidance=False, device=device)
+                rows = zip(text, mask, strict=True)
+            else:
+                rows = ((row,) for row in pipe.encode_prompt(new, device, 1, False)[0])
+            kept.update(zip(new, rows, strict=True))
+        names = {"StableDiffusion3Pipeline": "pooled_projections", "PixArtAlphaPipeline": "encoder_attention_mask"}
+        columns = zip(*(kept[prompt] for prompt in prompts), strict=True)
+        return dict(zip(("encoder_hidden_states", names.get(kind, "")), map(torch.stack, columns), strict=False))
+
+    return encode
+
+
+def student_of(denoiser: nn.Module, rank: int, seed: int) -> nn.Module:
+    """A copy of the denoiser to train: all of it where ``rank`` is 0, else a LoRA of that rank (peft), named "student".
+
+    The LoRA's first matrices are drawn from ``seed``.
+    """
+    student: Any = copy.deepcopy(denoiser)
+    if rank == 0:
+        return student.requires_grad_(True)
+    from peft import LoraConfig
+
+    student.requires_grad_(False)
+    targets = [name for name, part in student.named_modules() if _is_target(name, part)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), "student")
+    return student
+
+
+def _is_target(name: str, part: nn.Module) -> bool:
+    return isinstance(part, (nn.Linear, nn.Conv2d)) and any(
+        name == target or name.endswith("." + target) for target in LORA_TARGETS
+    )

@@ -1,0 +1,248 @@
+"""Trains a student of a diffusers pipeline with any of the losses; a killed run goes on where it stood.
+
+All data and noise of a step are drawn from (seed, step, rank), so that a resumed run computes what the uninterrupted
+one would have, bit for bit on a CPU. accelerate knows the devices: alone this runs in one process, under
+`accelerate launch` gradients are averaged over all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.acceleration import check_number
+from fastdiff.anatomy import anatomy
+from fastdiff.distillation import students
+from fastdiff.distillation.diffusers_networks import as_network, averaged, encoder, student_of
+from fastdiff.distillation.networks import Batch, Levels, Networks
+from fastdiff.distillation.objective import Objective
+
+
+class Source(Protocol):
+    """Where clean latents and captions come from."""
+
+    def take(self, step: int, rank: int, batch: int) -> tuple[Tensor, Sequence[str], torch.Generator]:
+        """Latents ``[B, C, h, w]`` as the denoiser sees them, captions, and the step's own generator.
+
+        The same arguments give the same again, in any process.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how fast.
+
+    Args:
+        steps: optimizer steps.
+        batch: samples a step and process; ``accumulate`` of them add up to one optimizer step.
+        learning_rate: of AdamW, after ``warmup`` steps and until the last fifth, in which it falls to zero.
+        rank: of the student's LoRA; 0 trains the whole denoiser.
+        average: decay of the moving average, which is what is kept.
+        clip: norm to which gradients are clipped.
+        seed: of everything random.
+        save_every: steps between checkpoints.
+        precision: "no", "bf16" or "fp16", as accelerate names them.
+    """
+
+    steps: int
+    batch: int = 32
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: int = 50
+    rank: int = 16
+    average: float = 0.99
+    clip: float = 1.0
+    seed: int = 0
+    save_every: int = 100
+    precision: str = "no"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "save_every"):
+            check_number("Settings", name, getattr(self, name), low=1, whole=True)
+        for name in ("rank", "warmup", "seed"):
+            check_number("Settings", name, getattr(self, name), low=0, whole=True)
+        check_number("Settings", "average", self.average, low=0, high=1)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        fall = max(1, self.steps // 5)
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / fall)
+
+
+def distil(
+    pipe: Any,
+    objective: Objective,
+    source: Source,
+    settings: Settings,
+    folder: Path,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Path:
+    """Train to the end and write the student into ``folder``: a LoRA file diffusers loads, or a whole denoiser.
+
+    Args:
+        pipe: the teacher, unchanged by this.
+        folder: also holds the checkpoint; a run with other settings or another objective is refused there.
+        on_step: called on the first process with the number of the step done and its loss.
+
+    Raises:
+        ValueError: the folder holds another run's checkpoint.
+        RuntimeError: the loss is not finite; the last checkpoint is kept.
+    """
+    run = _Run(pipe, objective, source, settings, folder)
+    first = run.restore()
+    for step in range(first, settings.steps):
+        loss = run.step(step)
+        if run.accelerator.is_main_process:
+            on_step(step, loss)
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            run.save(step + 1)
+    if run.accelerator.is_main_process:
+        run.student_with_average()
+        students.write(folder, run.student, pipe, objective, settings)
+    run.accelerator.wait_for_everyone()
+    return folder
+
+
+class _Run:
+    """One training run on this process."""
+
+    def __init__(self, pipe: Any, objective: Objective, source: Source, settings: Settings, folder: Path):
+        from accelerate import Accelerator
+
+        self.objective, self.source, self.settings, self.folder = objective, source, settings, folder
+        parts = anatomy(pipe)
+        device = parts.denoiser.device
+        self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=device.type == "cpu")
+        self.device = device
+        levels = Levels.of(pipe.scheduler)
+        self.student = student_of(parts.denoiser, settings.rank, settings.seed).train()
+        self.trained = {name: value for name, value in self.student.named_parameters() if value.requires_grad}
+        self.average = {name: value.detach().clone() for name, value in self.trained.items()}
+        self.networks = Networks(
+            levels,
+            as_network(self.student, levels),
+            as_network(parts.denoiser, levels),
+            averaged(self.student, levels, self.average),
+        )
+        self.encode = encoder(pipe)
+        self.helpers = objective.helpers(self.networks, self._batch(0, 0))
+        self.optimizers = [_adam(self.trained.values(), settings)]
+        if list(self.helpers.parameters()):
+            self.optimizers.append(_adam(self.helpers.parameters(), settings))
+
+    def _batch(self, step: int, part: int) -> Batch:
+        index = step * self.settings.accumulate + part
+        latents, captions, generator = self.source.take(index, self.accelerator.process_index, self.settings.batch)
+        empty = self.encode([""] * len(captions))
+        return Batch(latents.to(self.device), self.encode(list(captions)), empty, generator, step)
+
+    def step(self, step: int) -> float:
+        """One optimizer step of the student, after one of the helpers where there are any; the student's mean loss."""
+        batches = [self._batch(step, part) for part in range(self.settings.accumulate)]
+        if self.helpers:
+            self._descend(step, 1, list(self.helpers.parameters()), batches, self.objective.helper_loss)
+        loss = self._descend(step, 0, list(self.trained.values()), batches, self.objective.loss)
+        decay = min(self.settings.average, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                self.average[name].lerp_(value, 1 - decay)
+        return loss
+
+    def _descend(self, step: int, which: int, parameters: list, batches: list[Batch], loss: Callable) -> float:
+        optimizer, total = self.optimizers[which], 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = self.settings.rate(step)
+        for batch in batches:
+            with self.accelerator.autocast():
+                value = loss(self.networks, batch, self.helpers) / len(batches)
+            total += float(value.detach())
+            self.accelerator.backward(value)
+        if not torch.isfinite(torch.tensor(total)):
+            raise RuntimeError(f"the loss of step {step} is {total}; lower the learning rate, or clip harder")
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            flat: Any = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        optimizer.step()
+        for one in self.optimizers:  # a loss of the student leaves gradients on helpers, and the other way round
+            one.zero_grad(set_to_none=True)
+        return total
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def _about(self) -> str:
+        return f"{self.objective!r} {self.settings!r}"
+
+    def save(self, step: int) -> None:
+        """Write everything a resumed run needs, atomically; the first process does."""
+        if not self.accelerator.is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "about": self._about,
+            "step": step,
+            "trained": {name: value.detach() for name, value in self.trained.items()},
+            "average": self.average,
+            "helpers": self.helpers.state_dict(),
+            "optimizers": [one.state_dict() for one in self.optimizers],
+        }
+        partial = self._checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self._checkpoint)
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """The step to go on from; 0 where there is no checkpoint."""
+        if not self._checkpoint.exists():
+            return 0
+        state = torch.load(self._checkpoint, map_location=self.device, weights_only=True)
+        if state["about"] != self._about:
+            raise ValueError(f"{self.folder} holds the checkpoint of another run; choose another folder or delete it")
+        for name, value in self.trained.items():
+            value.copy_(state["trained"][name])
+            self.average[name].copy_(state["average"][name])
+        self.helpers.load_state_dict(state["helpers"])
+        for one, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            one.load_state_dict(kept)
+        return int(state["step"])
+
+    @torch.no_grad()
+    def student_with_average(self) -> nn.Module:
+        """The student with its moving average in the place of its last weights."""
+        for name, value in self.trained.items():
+            value.copy_(self.average[name])
+        return self.student
+
+
+def _adam(parameters: Any, settings: Settings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(parameters), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+class Clock:
+    """Prints a line of progress every few seconds; an `on_step` for `distil`."""
+
+    def __init__(self, steps: int, every_s: float = 10.0, show: Callable[[str], Any] = print):
+        self.steps, self.every_s, self.show = steps, every_s, show
+        self.began = self.last = monotonic()
+        self.done, self.mean = 0, 0.0
+
+    def __call__(self, step: int, loss: float) -> None:
+        self.done += 1
+        self.mean = loss if self.done == 1 else 0.98 * self.mean + 0.02 * loss
+        now = monotonic()
+        if now - self.last >= self.every_s or step + 1 == self.steps:
+            self.last = now
+            self.show(f"step {step + 1} of {self.steps}, loss {self.mean:.4f}, {self.done / (now - self.began):.2f}/s")
