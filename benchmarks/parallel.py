@@ -56,7 +56,7 @@ def run(full: bool = False, prompts: int = 0, steps: int = STEPS, pipe: Any = No
     """Runs the benchmark.
 
     Args:
-        full: eight times as many prompts.
+        full: more than twice as many prompts.
         prompts: how many; 0 chooses.
         steps: denoising steps, more than 8.
         pipe: the pipeline to measure; the embedded one where None, untrained where there is none yet.
@@ -75,7 +75,7 @@ def run(full: bool = False, prompts: int = 0, steps: int = STEPS, pipe: Any = No
             )
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(SEED)
-    scenes = [world.object_scene(rng) for _ in range(prompts or (64 if full else 8))]
+    scenes = [world.object_scene(rng) for _ in range(prompts or (64 if full else 24))]
     settings = {"prompt": [world.caption(scene) for scene in scenes], "num_inference_steps": steps}
 
     began = perf_counter()

@@ -43,6 +43,8 @@ def _section(name: str) -> str:
         "stream": ("first_frame_ms", "max_abs_difference", *ATTRIBUTES),
         "miniature": (*ATTRIBUTES, *(f"{name}_absolute" for name in ATTRIBUTES)),
         "gpu": ("fps", "tflop_per_frame", "bf16_roofline"),
+        "parallel": ("psnr", "max_abs_difference", "bytes", "position", "bytes_ratio", "released_ratio"),
+        "batch": ("max_abs_difference", "lost", "duplicated", "different", "redone"),
     }
     found = sorted(RESULTS.glob(f"{name}.json")) or sorted(RESULTS.glob(f"{name}-*.json"))
     if not found:

@@ -1,7 +1,8 @@
 """`fastdiff batch`: outputs for a whole file of jobs; kill it and start it again, nothing is lost.
 
 Under torchrun each rank works by itself and the first one reports; started on several machines over one shared folder,
-each start does a share of the work.
+each start does a share of the work. With `--ray` a Ray cluster hands the work out instead: RAY_ADDRESS's, or one of
+this machine.
 """
 
 import json
@@ -20,7 +21,7 @@ from rich.progress import Progress as Bars
 from fastdiff_app import images
 from fastdiff_app.console import err, out
 from fastdiff_app.engine import read_plan
-from fastdiff_app.failures import ExitCode, Failure, one_line
+from fastdiff_app.failures import ExitCode, Failure, is_installed, one_line
 
 if TYPE_CHECKING:
     from fastdiff_pipelines.batch import BatchJob, Item, Jobs, Progress, Stop, Summary
@@ -34,6 +35,7 @@ class Run:
 
     Attributes:
         progress: "bar", "json" (a line on stdout every other second) or "none".
+        ray: let a Ray cluster hand the work out.
     """
 
     jobs: Path
@@ -50,10 +52,13 @@ class Run:
     lease_s: float = 60.0
     verify: str = "size"
     progress: str = "bar"
+    ray: bool = False
 
     def __post_init__(self) -> None:
         if self.progress not in ("bar", "json", "none"):
             raise Failure(ExitCode.USAGE, f"--progress must be bar, json or none, not {self.progress}")
+        if self.ray and not is_installed("ray"):
+            raise Failure(ExitCode.MISSING, 'ray is not installed; run: pip install "fastdiff[ray]"')
 
 
 def defaults(steps: int, guidance: float, size: str | None, negative: str, frames: int | None) -> "Item":
@@ -82,7 +87,8 @@ def batch(run: Run, defaults: "Item") -> None:
         if not jobs.items:
             raise Failure(ExitCode.INPUT, f"no line of {run.jobs} asks for something possible")
         job = _job(run, jobs)
-        summary = _ranked(job, run) if _world() > 1 else _whole(job, run)
+        way = _on_ray if run.ray else _ranked if _world() > 1 else _whole
+        summary = way(job, run)
     except JobError as error:
         raise Failure(ExitCode(error.code), str(error)) from error
     _report(job, jobs, summary, run)
@@ -113,6 +119,13 @@ def _job(run: Run, jobs: "Jobs") -> "BatchJob":
 def _whole(job: "BatchJob", run: Run) -> "Summary":
     with _stoppable() as stop, _shown(run.progress) as show:
         return job.run(show, lambda line: err.print(line, markup=False, style="yellow"), stop)
+
+
+def _on_ray(job: "BatchJob", run: Run) -> "Summary":
+    from fastdiff_pipelines.batch.on_ray import run_on_ray
+
+    with _shown(run.progress) as show:
+        return run_on_ray(job, on_progress=show)
 
 
 def _world() -> int:

@@ -163,6 +163,9 @@ def batch(
     verify: Annotated[str, typer.Option(help="What is there is checked by its size, or by its hash.")] = "size",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     progress: Annotated[str, typer.Option(help="bar, json or none.")] = "bar",
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Let a Ray cluster hand the work out (RAY_ADDRESS, or one of this machine).")
+    ] = False,
     model: Model = None,
     plan: PlanOption = None,
     compile: Compile = None,
@@ -188,9 +191,30 @@ def batch(
             lease_s=lease,
             verify=verify,
             progress=progress,
+            ray=ray,
         ),
         given,
     )
+
+
+@app.command()
+def demo(
+    host: Annotated[str, typer.Option(help="Where to listen; only this machine can reach the default.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="And at which port.")] = 7860,
+    auth: Annotated[str | None, typer.Option(help="USER:PASSWORD for everything the server has.")] = None,
+    https: Annotated[bool, typer.Option("--https", help="With a certificate of its own; cameras need it.")] = False,
+    max_users: Annotated[int, typer.Option(help="People at a time.")] = 4,
+    target_ms: Annotated[float | None, typer.Option(help="Age of pictures to keep, by cheaper settings.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Allow recordings, into this folder.")] = None,
+    size: Size = None,
+    model: Annotated[str | None, typer.Option(help="A hub id, a folder, or identity (no model at all).")] = None,
+    plan: PlanOption = None,
+) -> None:
+    """Open a page: a live camera through the model, single pictures, comparisons, batches."""
+    from fastdiff_app import images
+    from fastdiff_app.live.demo import demo as run
+
+    run(host, port, auth, https, max_users, model, plan, target_ms, record, images.parse_size(size))
 
 
 @app.command()

@@ -90,6 +90,17 @@ def test_batch_makes_what_is_missing_and_reports_each_bad_line(program: Any, tmp
     assert {name: os.stat(tmp_path / "made" / name).st_mtime_ns for name in before} == before
 
 
+def test_a_cluster_without_ray_is_one_line_with_the_remedy(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs.txt").write_text(CIRCLE, "utf-8")
+    monkeypatch.setattr("fastdiff_app.batch.is_installed", lambda package: package != "ray")
+    ran = program("batch", "jobs.txt", "-o", "made", "--ray")
+    assert ran.code == ExitCode.MISSING
+    assert "fastdiff[ray]" in ran.err
+    assert not (tmp_path / "made").exists()
+
+
 def test_doctor_says_what_can_act(program: Any) -> None:
     ran = program("doctor")
     assert ran.code == ExitCode.OK, ran.err
