@@ -14,10 +14,11 @@ Rows:
 Intervals are 95 % bootstraps over pictures.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,8 +32,12 @@ from fastdiff.miniature import detector, world
 from fastdiff.quality import Interval, mean_interval
 from fastdiff_app.engine import load_pipeline
 from fastdiff_app.methods import to_bytes
-from fastdiff_kernels.attention import attention
+from fastdiff_kernels.attention import PRECISIONS, attention
+from fastdiff_kernels.quantise import quantise
 from fastdiff_kernels.selection import count_of, pooled_scores, top_k
+
+if TYPE_CHECKING:
+    from benchmarks.gpu import Place
 
 TOKENS = (1024, 2048, 4096, 8192)
 PERCENTS = (50, 75, 90)
@@ -178,3 +183,75 @@ def _attributes(made: Pictures, scenes: list[Any]) -> Interval:
     found = detector.score(made.images, scenes)
     names = ("background", "colour", "position", "shape", "size")
     return mean_interval(np.mean([found[name] for name in names], axis=0))
+
+
+# tokens, heads and head size of one attention call of full-size models
+SHAPES = {
+    "sdxl-1024": (4096, 10, 64),
+    "flux-1024": (4608, 24, 128),
+    "wan-480p": (32760, 12, 128),
+    "wan-720p": (75600, 40, 128),
+}
+SMALL_SHAPES = {"small": (200, 2, 32)}
+
+
+@torch.no_grad()
+def kernel_suite(place: "Place") -> Iterator[Row]:
+    """Our kernels on shapes of full-size models; `ratio` is to torch's SDPA of the same shape.
+
+    `tflops` counts what dense attention would compute, `of_dense` is the time as a share of our exact dense kernel, and
+    `bit_stable` is 1 where five runs gave the same bits. `pre-pass` is quantisation alone.
+    """
+    for name, (tokens, heads, head) in (SHAPES if place.device.type == "cuda" else SMALL_SHAPES).items():
+        q, k, v = (torch.randn(1, heads, tokens, head, device=place.device, dtype=place.dtype) for _ in "qkv")
+        base = dense = None
+        for way, work in _kernel_ways(q, k, v).items():
+            if perf_counter() > place.until:
+                yield could_not_run(f"{name} {way}", "left out: the suite's time was used up")
+                continue
+            try:
+                first = work()
+                times = _timed(place, work, place.frames)
+                stable = all(torch.equal(first, work()) for _ in range(4))
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                yield could_not_run(f"{name} {way}", error)
+                continue
+            row = Row.timed(f"{name} {way}", times)
+            milliseconds = median(times)
+            base = base or milliseconds
+            dense = milliseconds if way == "exact" else dense
+            row.ratio = base / milliseconds
+            row.quality["bit_stable"] = Interval.exact(float(stable), 5)
+            if way != "pre-pass":
+                row.quality["tflops"] = Interval.exact(4 * tokens**2 * heads * head / milliseconds / 1e9)
+            if dense is not None:
+                row.quality["of_dense"] = Interval.exact(milliseconds / dense)
+            yield row
+
+
+def _kernel_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    def sparse_of(percent: int, precision: str) -> Callable[[], Tensor]:
+        scores, _ = pooled_scores(q, k, 128, 64)
+        chosen = top_k(scores, count_of(1 - percent / 100, k.shape[2], 64), 128, 64)
+        return lambda: attention(q, k, v, selection=chosen, precision=precision)[0]
+
+    ways: dict[str, Callable[[], Tensor]] = {"sdpa": lambda: functional.scaled_dot_product_attention(q, k, v)}
+    for precision in PRECISIONS:
+        ways[precision] = lambda precision=precision: attention(q, k, v, precision=precision)[0]
+    ways["pre-pass"] = lambda: quantise(q, k, v, fp8=True).q
+    for percent in PERCENTS:
+        for precision in ("exact", "int8_fp8"):
+            ways[f"{precision}-sparse-{percent}"] = sparse_of(percent, precision)
+    return ways
+
+
+def _timed(place: "Place", work: Callable[[], Tensor], turns: int) -> list[float]:
+    """Milliseconds of each turn, the device waited for."""
+    times = []
+    for _ in range(turns):
+        place.wait()
+        start = perf_counter()
+        work()
+        place.wait()
+        times.append((perf_counter() - start) * 1000)
+    return times

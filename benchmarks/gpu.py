@@ -19,6 +19,7 @@ from diffusers.utils import logging
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff
+from benchmarks.attention import kernel_suite
 from benchmarks.full_size import FULL, SHRUNKEN, Architecture, build
 from benchmarks.parallel import efficiency_suite
 from benchmarks.record import Record, Row, could_not_run
@@ -168,7 +169,11 @@ class _Case:
             self._push(stream)
 
 
-SUITES: dict[str, Callable[[Place], Iterator[Row]]] = {"stream": stream_suite, "parallel": efficiency_suite}
+SUITES: dict[str, Callable[[Place], Iterator[Row]]] = {
+    "stream": stream_suite,
+    "parallel": efficiency_suite,
+    "attention": kernel_suite,
+}
 
 
 def place(shrunken: bool = False) -> Place:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention
+from benchmarks import attention, gpu
 from fastdiff.miniature import untrained
 
 
@@ -32,3 +32,13 @@ def test_sparse_is_dense_when_all_blocks_are_chosen():
     q, k, v = torch.randn(3, 1, 2, 700, 16)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(attention.sparse(q, k, v, 1.0), expected, rtol=0, atol=1e-5)
+
+
+def test_kernel_suite_runs_on_a_shrunken_shape():
+    record = gpu.run(only="attention", shrunken=True)
+    assert [row.note for row in record.rows] == [""] * len(record.rows)
+    assert [row.method for row in record.rows][:5] == [
+        f"small {way}" for way in ("sdpa", "exact", "int8", "int8_fp8", "pre-pass")
+    ]
+    assert len(record.rows) == 5 + 2 * len(attention.PERCENTS)
+    assert all(row.quality["bit_stable"].value == 1 for row in record.rows)
