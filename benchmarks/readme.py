@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 from benchmarks.record import RESULTS, Record, Row
 from fastdiff_app.console import SHORT, number
@@ -49,7 +50,16 @@ def _section(name: str) -> str:
     found = sorted(RESULTS.glob(f"{name}.json")) or sorted(RESULTS.glob(f"{name}-*.json"))
     if not found:
         return f"Not measured yet: `make bench NAME={name}`."
-    return "\n\n".join(markdown(Record.read(path), columns[name]) for path in found)
+    tables = "\n\n".join(markdown(Record.read(path), columns[name]) for path in found)
+    return f"{tables}\n\n{_traffic_plot(found[0])}" if name == "parallel" else tables
+
+
+def _traffic_plot(record: Path) -> str:
+    from benchmarks import parallel
+
+    picture = RESULTS / "parallel.png"
+    parallel.plot(Record.read(record), picture)
+    return f"![quality against bytes received](benchmarks/results/{picture.name})"
 
 
 def _sheet() -> str:

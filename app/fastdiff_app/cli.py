@@ -226,6 +226,30 @@ def doctor(model: Model = None) -> None:
 
 
 @app.command()
+def distill(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a killed run in it goes on.")],
+    method: Annotated[str, typer.Option(help="phased, lcm or tcd.")] = "phased",
+    nfe: Annotated[int, typer.Option(min=1, max=50, help="Steps the student shall take (phased).")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    rank: Annotated[int, typer.Option(min=0, help="Of the LoRA; 0 trains the whole denoiser.")] = 16,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    guidance: Annotated[float, typer.Option(help="The teacher's, which goes into the student.")] = 5.0,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file, a prompt a line; the embedded model needs none.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="How many of the teacher's pictures to learn from.")] = 256,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    model: Model = None,
+) -> None:
+    """Train a few-step student of a model: a LoRA that needs no guidance."""
+    from fastdiff_app.distill import distill as run
+
+    training = dict(steps=steps, batch=batch_size, rank=rank, learning_rate=learning_rate, seed=seed)
+    run(output, method, prompts, model, nfe, training, guidance, pictures)
+
+
+@app.command()
 def warmup(
     shapes: Annotated[str, typer.Option(help="Comma-separated sizes, as in 512,768x512.")],
     guidance: Guidance = 5.0,
