@@ -16,6 +16,7 @@ MEMBERS = {
     "Precision": "fastdiff.runtime.precision",
     "TinyDecoder": "fastdiff.runtime.tiny_decoder",
     "SparseAttention": "fastdiff.attention.sparse",
+    "TokenOrder": "fastdiff.attention.order",
     "DiffusersCache": "fastdiff.caching.diffusers_cache",
     "PromptCache": "fastdiff.runtime.prompt_cache",
     "PatchParallel": "fastdiff.parallel.patch",

@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny
 import fastdiff
 from fastdiff.acceleration import STAGES, NotEngaged
 from fastdiff.anatomy import anatomy, capture
+from fastdiff.attention.order import TokenOrder
 from fastdiff.attention.sparse import SparseAttention
 from fastdiff.caching.diffusers_cache import DiffusersCache
 from fastdiff.hooks import RemovalOrder
@@ -55,6 +56,7 @@ EXAMPLES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "antidiagonal": lambda pipe: SparseAttention(select="antidiagonal", far="none", **_SMALL),
         "int8": lambda pipe: SparseAttention(density=1, precision="int8", minimum_tokens=8),
     },
+    "TokenOrder": {"tiles": lambda pipe: TokenOrder(2)},
     "DiffusersCache": {
         "first_block": lambda pipe: DiffusersCache(threshold=0.5, warm_up=2),
         "taylorseer": lambda pipe: DiffusersCache(method="taylorseer", warm_up=2),
