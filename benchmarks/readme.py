@@ -44,6 +44,7 @@ def _section(name: str) -> str:
         "stream": ("first_frame_ms", "max_abs_difference", *ATTRIBUTES),
         "miniature": (*ATTRIBUTES, *(f"{name}_absolute" for name in ATTRIBUTES)),
         "gpu": ("fps", "tflop_per_frame", "bf16_roofline"),
+        "attention": ("psnr", "relative_l1", "attribute", "density"),
         "parallel": ("psnr", "max_abs_difference", "bytes", "position", "bytes_ratio", "released_ratio"),
         "batch": ("max_abs_difference", "lost", "duplicated", "different", "redone"),
     }
