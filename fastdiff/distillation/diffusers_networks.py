@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from fastdiff.acceleration import Unsupported
 from fastdiff.anatomy import anatomy
 from fastdiff.distillation.networks import Condition, Levels, Network
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -79,10 +82,13 @@ def encoder(pipe: Any) -> Callable[[Sequence[str]], Condition]:
     return encode
 
 
-def student_of(denoiser: nn.Module, rank: int, seed: int) -> nn.Module:
+def student_of(denoiser: nn.Module, rank: int, seed: int, start: Path | None = None) -> nn.Module:
     """A copy of the denoiser to train: all of it where ``rank`` is 0, else a LoRA of that rank (peft), named "student".
 
-    The LoRA's first matrices are drawn from ``seed``.
+    The LoRA begins as the one in the folder ``start``, or with first matrices drawn from ``seed`` and second ones zero.
+
+    Raises:
+        ValueError: the LoRA to start from has another rank or other layers.
     """
     student: Any = copy.deepcopy(denoiser)
     if rank == 0:
@@ -94,7 +100,23 @@ def student_of(denoiser: nn.Module, rank: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), "student")
+    if start is not None:
+        _begin(student, start)
     return student
+
+
+@torch.no_grad()
+def _begin(student: nn.Module, start: Path) -> None:
+    from safetensors.torch import load_file
+
+    kept = load_file(start / LORA_FILE)
+    ours = {name: value for name, value in student.named_parameters() if value.requires_grad}
+    for name, value in ours.items():
+        plain = name.replace(".student.", ".")
+        found = [key for key in kept if key.split(".", 1)[1] == plain]
+        if len(found) != 1 or kept[found[0]].shape != value.shape:
+            raise ValueError(f"{start} cannot be gone on from: its LoRA has no {plain} of shape {list(value.shape)}")
+        value.copy_(kept[found[0]])
 
 
 def _is_target(name: str, part: nn.Module) -> bool:

@@ -22,12 +22,19 @@ class Phased(Objective):
     (https://arxiv.org/abs/2202.00512): no bootstrapping, so the loss is a regression that a few thousand images move.
     Sampled by DDIM (TCD with gamma 0) at the phases' noisy ends.
 
+    A student of few phases learns best from one of more: `nodes` are the levels at which a phased teacher learned to
+    take its steps. With one phase, and `also` some levels inside it, the student goes straight to the clean sample
+    from each of them, which is sampled by LCM in one step or several.
+
     Args:
         edges: levels between phases from clean to noisy, starting at 0; levels are timesteps + 1.
-        substeps: teacher steps over one phase, second order (DPM-Solver++ 2M) after the first.
+        substeps: teacher steps over one phase.
+        order: of the teacher's steps: 2 is DPM-Solver++ 2M (after a first step of order 1), 1 is DDIM.
         scale: guidance of the teacher, as diffusers counts it.
         at_edge: share of samples that start at their phase's noisy end, where sampling will; others lie within.
         noisiest: share of samples in the noisiest phase, where places are decided; the others share the rest equally.
+        nodes: levels of the teacher's steps, in place of `substeps` equal ones; every start but its own is one of them.
+        also: levels inside phases at which sampling will start too; they share `at_edge` with the phase's noisy end.
     """
 
     edges: Sequence[int] = (0, 250, 500, 750, 1000)
@@ -35,6 +42,9 @@ class Phased(Objective):
     scale: float = 5.0
     at_edge: float = 0.7
     noisiest: float = 0.4
+    order: int = 2
+    nodes: Sequence[int] = ()
+    also: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         edges = list(self.edges)
@@ -42,6 +52,10 @@ class Phased(Objective):
             raise ValueError(f"Phased: edges must rise from 0, got {edges}")
         if self.substeps < 1 or not 0 <= self.at_edge <= 1 or not 0 <= self.noisiest <= 1:
             raise ValueError("Phased: substeps must be at least 1, at_edge and noisiest shares in 0 to 1")
+        if self.order not in (1, 2):
+            raise ValueError(f"Phased: order must be 1 or 2, got {self.order}")
+        if any(level in edges or not 0 < level < edges[-1] for level in self.also):
+            raise ValueError(f"Phased: also={tuple(self.also)} must lie inside phases, not on the edges {edges}")
 
     def starts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(level, edge) int64 ``[B]`` each: where a sample starts, and the clean end of its phase."""
@@ -53,8 +67,31 @@ class Phased(Objective):
         phase = torch.where((share < self.noisiest) | (phases == 1), phases - 1, phase)
         low, high = edges[phase], edges[phase + 1]
         within = low + 1 + (batch.uniform().cpu() * (high - low)).long().clamp(max=high - low - 1)
-        level = torch.where(batch.uniform().cpu() < self.at_edge, high, within)
+        level = torch.where(batch.uniform().cpu() < self.at_edge, self._entry(low, high, batch), within)
         return level.to(batch.clean.device), low.to(batch.clean.device)
+
+    def _entry(self, low: Tensor, high: Tensor, batch: Batch) -> Tensor:
+        """One of the levels of a phase at which sampling starts."""
+        if not self.also:
+            return high
+        inner = torch.tensor(list(self.also))
+        inside = (inner > low[:, None]) & (inner < high[:, None])
+        # each phase's places are its inner levels, then its noisy end
+        choice = (batch.uniform().cpu() * (inside.sum(1) + 1)).long()
+        nth = inside.cumsum(1) - 1
+        found = inside & (nth == choice[:, None])
+        return torch.where(found.any(1), (found * inner).sum(1), high)
+
+    def path(self, level: Tensor, edge: Tensor) -> Tensor:
+        """The teacher's levels from a start to its phase's clean end, int64 ``[B, steps + 1]``; the end may repeat."""
+        if not self.nodes:
+            parts = torch.arange(self.substeps + 1, device=level.device)
+            return level[:, None] + ((edge - level)[:, None] * parts).div(self.substeps, rounding_mode="trunc")
+        nodes = torch.tensor(sorted(self.nodes, reverse=True), device=level.device)
+        inner = nodes.expand(len(level), -1).clamp(min=edge[:, None]).minimum(level[:, None])
+        # those above the start are the start itself: they go to the end of the row, where they count as the edge
+        inner = torch.where(nodes >= level[:, None], edge[:, None], inner).sort(1, descending=True).values
+        return torch.cat([level[:, None], inner, edge[:, None]], 1)
 
     def loss(self, networks: Networks, batch: Batch, helpers: nn.ModuleDict) -> Tensor:
         """Mean squared error of the velocity, which weighs a clean estimate by 1 / noise²."""
@@ -62,30 +99,32 @@ class Phased(Objective):
         level, edge = self.starts(batch)
         x = levels.add(batch.clean, batch.normal(), level)
         with torch.no_grad():
-            reached = solve(networks, x, level, edge, batch, self.substeps, self.scale)
+            reached = solve(networks, x, self.path(level, edge), batch, self.scale, self.order)
             target = levels.velocity(x, levels.clean_reaching(x, level, reached, edge), level)
         clean, _ = levels.estimates(x, networks.student(x, level, batch.condition), level)
         return functional.mse_loss(levels.velocity(x, clean, level), target)
 
 
-def solve(
-    networks: Networks, x: Tensor, level: Tensor, to: Tensor, batch: Batch, substeps: int, scale: float
-) -> Tensor:
-    """The guided teacher's trajectory from ``level`` to ``to`` ``[B]``, in steps of equal angle; DPM-Solver++ 2M."""
+def solve(networks: Networks, x: Tensor, path: Tensor, batch: Batch, scale: float, order: int = 2) -> Tensor:
+    """The guided teacher's trajectory along the levels ``path`` ``[B, steps + 1]``, which never rise.
+
+    DPM-Solver++ 2M where ``order`` is 2, DDIM where it is 1. A step of no length changes nothing.
+    """
     levels = networks.levels
     past: Tensor | None = None
     width_before: Tensor | None = None
-    here = level
-    for number in range(substeps):
-        there = level + ((to - level) * (number + 1)).div(substeps, rounding_mode="trunc")
-        there = torch.where(torch.tensor(number + 1 == substeps), to, torch.minimum(there, here))
+    for here, there in itertools.pairwise(path.unbind(1)):
+        moves = there < here
+        if not moves.any():
+            break
+        here = here.clamp(min=1)
         output = guided(networks.teacher, x, here, batch, scale)
         clean, _ = levels.estimates(x, output, here)
         signal, noise = levels.at(here, x)
         next_signal, next_noise = levels.at(there, x)
         width = torch.log(next_signal / next_noise) - torch.log(signal / noise)
         used = clean
-        if past is not None and width_before is not None:
+        if order == 2 and past is not None and width_before is not None:
             share = width / (2 * width_before)
             # the last step to the clean end has no width, and a step of no length no history
             share = torch.where(
@@ -93,6 +132,7 @@ def solve(
             )
             used = clean + share * (clean - past)
         ratio = next_noise / noise
-        x = ratio * x + (next_signal - signal * ratio) * used
-        past, width_before, here = clean, width, there
+        moved = ratio * x + (next_signal - signal * ratio) * used
+        x = torch.where(moves.view(-1, *[1] * (x.ndim - 1)), moved, x)
+        past, width_before = clean, width
     return x

@@ -84,6 +84,8 @@ def distil(
     settings: Settings,
     folder: Path,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    start: Path | None = None,
+    teacher: Path | None = None,
 ) -> Path:
     """Train to the end and write the student into ``folder``: a LoRA file diffusers loads, or a whole denoiser.
 
@@ -91,12 +93,14 @@ def distil(
         pipe: the teacher, unchanged by this.
         folder: also holds the checkpoint; a run with other settings or another objective is refused there.
         on_step: called on the first process with the number of the step done and its loss.
+        start: a student of ``pipe`` of the same rank, whose LoRA this one begins with.
+        teacher: a student of ``pipe`` of the same rank, to learn from in its place.
 
     Raises:
         ValueError: the folder holds another run's checkpoint.
         RuntimeError: the loss is not finite; the last checkpoint is kept.
     """
-    run = _Run(pipe, objective, source, settings, folder)
+    run = _Run(pipe, objective, source, settings, folder, start, teacher)
     first = run.restore()
     for step in range(first, settings.steps):
         loss = run.step(step)
@@ -114,7 +118,16 @@ def distil(
 class _Run:
     """One training run on this process."""
 
-    def __init__(self, pipe: Any, objective: Objective, source: Source, settings: Settings, folder: Path):
+    def __init__(
+        self,
+        pipe: Any,
+        objective: Objective,
+        source: Source,
+        settings: Settings,
+        folder: Path,
+        start: Path | None,
+        teacher: Path | None,
+    ):
         from accelerate import Accelerator
 
         self.objective, self.source, self.settings, self.folder = objective, source, settings, folder
@@ -123,13 +136,16 @@ class _Run:
         self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=device.type == "cpu")
         self.device = device
         levels = Levels.of(pipe.scheduler)
-        self.student = student_of(parts.denoiser, settings.rank, settings.seed).train()
+        self.student = student_of(parts.denoiser, settings.rank, settings.seed, start).train()
+        taught: Any = (
+            parts.denoiser if teacher is None else student_of(parts.denoiser, settings.rank, 0, teacher).eval()
+        )
         self.trained = {name: value for name, value in self.student.named_parameters() if value.requires_grad}
         self.average = {name: value.detach().clone() for name, value in self.trained.items()}
         self.networks = Networks(
             levels,
             as_network(self.student, levels),
-            as_network(parts.denoiser, levels),
+            as_network(taught, levels),
             averaged(self.student, levels, self.average),
         )
         self.encode = encoder(pipe)

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from . import models, render, weights, world
+from . import flow, models, render, weights, world
 from .replica import Replica
 
 DEFAULTS = {
     "autoencoder": {"batch": 16, "learning_rate": 3e-3},
     "decoder": {"batch": 32, "learning_rate": 1.5e-3},
     "mini-sd": {"batch": 64, "learning_rate": 1.2e-3},
+    "mini-dit": {"batch": 128, "learning_rate": 2e-3},
 }
 _POOL = 4096  # scenes drawn and encoded at a time, per process
 _SINGLES = 120_000  # images of one object each before pairs and landscapes join
@@ -72,7 +73,7 @@ class TextToImage(nn.Module):
         """[B, C, h, w], [B], [B, 24] to the predicted velocity, float32 [B, C, h, w]."""
         text = self.text_encoder(tokens)[0]
         if self.replica is not None:
-            return self.replica(noisy, timestep, text)
+            return self.replica(noisy, timestep, encoder_hidden_states=text)
         with torch.autocast(noisy.device.type, torch.bfloat16):
             return self.unet(noisy, timestep, text, return_dict=False)[0].float()
 
@@ -80,8 +81,8 @@ class TextToImage(nn.Module):
 class Pool:
     """Encoded scenes of one process: `take(step)` gives latents and captions, the same ones for the same step."""
 
-    def __init__(self, run, rank: int, batch: int) -> None:
-        self.run, self.rank, self.batch = run, rank, batch
+    def __init__(self, run, rank: int, batch: int, singles: int = _SINGLES) -> None:
+        self.run, self.rank, self.batch, self.singles = run, rank, batch, singles
         self.vae = weights.load_autoencoder().to(run.device)
         self.number = -1
 
@@ -89,7 +90,7 @@ class Pool:
         rng = np.random.default_rng([self.run.seed, 1, number, self.rank])
         # Single objects first: shapes are learned from them, and relations build on shapes.
         seen = number * _POOL * _PASSES * self.run.processes
-        kinds = (1.0, 0.0, 0.0) if seen < _SINGLES else (0.75, 0.13, 0.12)
+        kinds = (1.0, 0.0, 0.0) if seen < self.singles else (0.75, 0.13, 0.12)
         self.scenes = [world.random_scene(rng, kinds) for _ in range(_POOL)]
         with torch.inference_mode():
             chunks = [pixels(self.scenes[i : i + 64]).to(self.run.device) for i in range(0, _POOL, 64)]
@@ -148,4 +149,9 @@ def mini_sd(run) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     return module, loss
 
 
-BUILDERS: dict[str, Callable] = {"autoencoder": autoencoder, "decoder": decoder, "mini-sd": mini_sd}
+BUILDERS: dict[str, Callable] = {
+    "autoencoder": autoencoder,
+    "decoder": decoder,
+    "mini-sd": mini_sd,
+    "mini-dit": flow.mini_dit,
+}

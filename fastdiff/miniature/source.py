@@ -13,7 +13,7 @@ from .losses import Pool
 
 @dataclass
 class WorldSource:
-    """Encoded renders and their captions, drawn from (seed, step, rank); one caption in ten is empty.
+    """Encoded renders of all kinds and their captions, drawn from (seed, step, rank); one caption in ten is empty.
 
     Args:
         seed: scenes of different seeds have nothing in common.
@@ -30,5 +30,5 @@ class WorldSource:
     def take(self, step: int, rank: int, batch: int) -> tuple[Tensor, Sequence[str], torch.Generator]:
         """Latents float32 [B, 4, 16, 16] of unit scale, captions, and the step's own generator."""
         if (rank, batch) not in self._pools:
-            self._pools[rank, batch] = Pool(self, rank, batch)
+            self._pools[rank, batch] = Pool(self, rank, batch, singles=0)
         return self._pools[rank, batch].take(step)

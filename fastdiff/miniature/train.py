@@ -2,6 +2,7 @@
 
     python -m fastdiff.miniature.train autoencoder --images 300000
     python -m fastdiff.miniature.train mini-sd --images 600000
+    python -m fastdiff.miniature.train mini-dit --images 600000
 
 Progress lives in an ignored folder and a killed run goes on where it stood: all data and noise are drawn from (seed,
 step), so the resumed run computes what the uninterrupted one would have. Without that folder it starts from the shipped
@@ -22,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
-from . import losses, weights
+from . import losses, optimizers, weights
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _checkpoint(run: Run) -> Path:
     return run.folder / f"{run.name}.pt"
 
 
-def _save(run: Run, step: int, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> None:
+def _save(run: Run, step: int, module: nn.Module, average: Average, optimizer: optimizers.Optimizers) -> None:
     path = _checkpoint(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
@@ -104,7 +105,7 @@ def _save(run: Run, step: int, module: nn.Module, average: Average, optimizer: t
     os.replace(path.with_suffix(".partial"), path)
 
 
-def _restore(run: Run, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> int:
+def _restore(run: Run, module: nn.Module, average: Average, optimizer: optimizers.Optimizers) -> int:
     """The step to go on from: the checkpoint's, or 0 from the shipped weights, or 0 from scratch."""
     path = _checkpoint(run)
     if path.exists() and not run.scratch:
@@ -121,7 +122,7 @@ def _restore(run: Run, module: nn.Module, average: Average, optimizer: torch.opt
 def _loop(run: Run, rank: int, module: nn.Module, loss: Callable[[int, int, int], Tensor]) -> None:
     """`loss(step, rank, batch)` draws its own data; this only optimises, averages, logs and saves."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = optimizers.build(run.name, module, run.learning_rate)
     average = Average(module)
     first = _restore(run, module, average, optimizer)
     began = saved = time.monotonic()

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import models
+from . import flow, models
 
 FOLDER = Path(__file__).parent / "weights"
 
@@ -33,10 +34,28 @@ def load_autoencoder() -> AutoencoderTiny:
     return AutoencoderTiny.from_pretrained(FOLDER / "mini-sd" / "vae", dtype=torch.float32).eval()
 
 
+def load_parts() -> dict[str, Any]:
+    """`mini-sd`'s trained text encoder and UNet in float32, by diffusers' names."""
+    parts: dict[str, Any] = {"text_encoder": models.text_encoder(), "unet": models.unet()}
+    for name, part in parts.items():
+        part.load_state_dict({key: value.float() for key, value in _state(FOLDER / "mini-sd" / name).items()})
+    return parts
+
+
+def _state(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"there are no weights in {folder.name}; train mini-sd first")
+    return load_file(files[0])
+
+
 def load_into(name: str, module: nn.Module) -> bool:
     """Fills a module being trained from the shipped weights; False where there are none."""
-    folder = FOLDER / "mini-sd"
-    parts = {"text_encoder": "text_encoder", "unet": "unet"} if name == "mini-sd" else {"": "vae"}
+    folder = FOLDER / ("mini-dit" if name == "mini-dit" else "mini-sd")
+    parts = {
+        "mini-sd": {"text_encoder": "text_encoder", "unet": "unet"},
+        "mini-dit": {"": "transformer"},
+    }.get(name, {"": "vae"})
     for attribute, part in parts.items():
         files = sorted((folder / part).glob("*.safetensors"))
         if not files:
@@ -48,7 +67,7 @@ def load_into(name: str, module: nn.Module) -> bool:
 
 def export(name: str, state: dict[str, Tensor]) -> None:
     """Writes trained weights as float16 into the shipped folder, keeping the parts that are already there."""
-    (_export_text_to_image if name == "mini-sd" else _export_autoencoder)(state)
+    {"mini-sd": _export_text_to_image, "mini-dit": _export_flow}.get(name, _export_autoencoder)(state)
 
 
 @torch.inference_mode()
@@ -72,9 +91,18 @@ def _export_text_to_image(state: dict[str, Tensor]) -> None:
     text, denoiser = models.text_encoder(), models.unet()
     text.load_state_dict({key.removeprefix("text_encoder."): v for key, v in state.items() if key.startswith("text_")})
     denoiser.load_state_dict({key.removeprefix("unet."): v for key, v in state.items() if key.startswith("unet.")})
-    pipe: StableDiffusionPipeline = models.pipeline(load_autoencoder(), text, denoiser)
-    pipe.to(torch.float16).save_pretrained(FOLDER / "mini-sd")
-    config = FOLDER / "mini-sd" / "vae" / "config.json"
+    _save(models.pipeline(load_autoencoder(), text, denoiser), "mini-sd")
+
+
+def _export_flow(state: dict[str, Tensor]) -> None:
+    denoiser = flow.transformer()
+    denoiser.load_state_dict(state)
+    _save(flow.pipeline(load_autoencoder(), load_parts()["text_encoder"], denoiser), "mini-dit")
+
+
+def _save(pipe: Any, name: str) -> None:
+    pipe.to(torch.float16).save_pretrained(FOLDER / name)
+    config = FOLDER / name / "vae" / "config.json"
     # Where it was loaded from is nobody's business, and AutoencoderTiny warns of the other on every load.
     kept = {k: v for k, v in json.loads(config.read_text()).items() if k not in ("_name_or_path", "block_out_channels")}
     config.write_text(json.dumps(kept, indent=2) + "\n")

@@ -90,6 +90,10 @@ def test_a_step_with_the_clean_estimate_that_reaches_a_target_reaches_it(kind: s
     torch.testing.assert_close(reached, target, rtol=0, atol=1e-10)
 
 
+def equal_steps(level: Tensor, to: Tensor, count: int) -> Tensor:
+    return Phased(substeps=count).path(level, to)
+
+
 @pytest.mark.parametrize("kind", ["v", "flow"])
 def test_the_teachers_solver_is_of_second_order(kind: str):
     levels = levels_of(kind)
@@ -98,8 +102,8 @@ def test_the_teachers_solver_is_of_second_order(kind: str):
     x = levels.add(one.clean, one.normal(), level)
     truth = transported(levels, x, level, to)
     errors = [
-        (solve(networks(levels, None), x, level, to, one, substeps, 1.0) - truth).abs().mean().item()
-        for substeps in (10, 20, 40)
+        (solve(networks(levels, None), x, equal_steps(level, to, count), one, 1.0) - truth).abs().mean().item()
+        for count in (10, 20, 40)
     ]
     slopes = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
     assert min(slopes) > 1.6, slopes
@@ -111,7 +115,7 @@ def test_one_substep_is_one_ddim_step(kind: str):
     one = batch(3)
     level, to = torch.tensor([990, 500, 100]), torch.tensor([500, 20, 0])
     x = levels.add(one.clean, one.normal(), level)
-    made = solve(networks(levels, None), x, level, to, one, 1, 1.0)
+    made = solve(networks(levels, None), x, equal_steps(level, to, 1), one, 1.0)
     expected = ddim(levels, x, perfect(levels)(x, level, None), level, to)
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-12)
 
@@ -128,6 +132,32 @@ def test_phased_is_zero_for_the_flow_itself_and_only_there(kind: str):
     best = objective.loss(networks(levels, leaping(levels, edge)), batch(), nn.ModuleDict())
     plain = objective.loss(networks(levels, perfect(levels)), batch(), nn.ModuleDict())
     assert best < 1e-4 < 1e-3 < plain
+
+
+def test_a_teacher_with_steps_of_its_own_takes_them_and_no_others():
+    """Steps of no length change nothing: a start inside the path gives what a path of its own gives."""
+    levels = levels_of("v")
+    objective = Phased(edges=(0, 1000), nodes=(250, 500, 750), also=(500,), order=1, scale=1.0)
+    level, edge = torch.tensor([990, 500]), torch.tensor([0, 0])
+    path = objective.path(level, edge)
+    assert path.tolist() == [[990, 750, 500, 250, 0], [500, 250, 0, 0, 0]]
+    one = batch(2)
+    x = levels.add(one.clean, one.normal(), level)
+    made = solve(networks(levels, None), x, path, one, 1.0, order=1)
+    row = x[1:]
+    for here, there in ((500, 250), (250, 0)):
+        here, there = torch.tensor([here]), torch.tensor([there])
+        row = ddim(levels, row, perfect(levels)(row, here, None), here, there)
+    torch.testing.assert_close(made[1:], row, rtol=0, atol=1e-12)
+
+
+def test_a_phase_may_have_several_entries():
+    starts, edges = Phased(edges=(0, 1000), also=(500,), at_edge=1.0).starts(batch(1000))
+    assert edges.eq(0).all()
+    assert {500, 1000} == set(starts.tolist())
+    assert 450 < int(starts.eq(500).sum()) < 550
+    mixed, _ = Phased(edges=(0, 500, 1000), also=(250,), at_edge=1.0).starts(batch(1000))
+    assert {250, 500, 1000} == set(mixed.tolist())
 
 
 def test_phased_starts_where_it_is_told():
@@ -198,7 +228,16 @@ def test_guidance_of_one_is_the_condition_and_of_zero_the_empty_one():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"edges": (0,)}, {"edges": (10, 20)}, {"edges": (0, 5, 5)}, {"substeps": 0}, {"noisiest": 1.5}]
+    "wrong",
+    [
+        {"edges": (0,)},
+        {"edges": (10, 20)},
+        {"edges": (0, 5, 5)},
+        {"substeps": 0},
+        {"noisiest": 1.5},
+        {"also": (250,)},
+        {"order": 3},
+    ],
 )
 def test_settings_are_checked(wrong: dict[str, Any]):
     with pytest.raises(ValueError, match="Phased"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff.acceleration import Unsupported
 from fastdiff.distillation.consistency import LatentConsistency
+from fastdiff.distillation.diffusers_networks import student_of
 from fastdiff.distillation.objective import Objective
 from fastdiff.distillation.phased import Phased
 from fastdiff.distillation.students import sampling_of, scheduler_of
@@ -74,9 +75,34 @@ def test_the_teacher_is_left_alone_and_the_student_is_a_lora_diffusers_loads(tmp
     alone = draw()
     plain.load_lora_weights(str(folder))
     assert (draw() - alone).abs().max() > 1e-3
+    # every layer of the file is in use, attention and convolutions alike
+    student = student_of(pipe.unet, SETTINGS.rank, 0, start=folder).eval()
+    given = {"timestep": torch.tensor([7, 500]), "encoder_hidden_states": torch.randn(2, 24, 128)}
+    x = torch.randn(2, 4, 16, 16)
+    torch.testing.assert_close(plain.unet(x, **given).sample, student(x, **given).sample, rtol=0, atol=1e-5)
+    assert (plain.unet(x, **given).sample - pipe.unet(x, **given).sample).abs().max() > 1e-2
     plain.unload_lora_weights()
     assert torch.equal(draw(), alone)
     assert "Phased" in (folder / "README.md").read_text()
+
+
+def test_a_student_begins_with_another_and_learns_from_it(tmp_path: Path):
+    """A student that begins as its teacher has nothing to learn in one step over the same phases."""
+    pipe = untrained()
+    first = distil(pipe, Phased(substeps=1), Noise(), replace(SETTINGS, learning_rate=0.05), tmp_path / "first")
+    losses: dict[str, float] = {}
+
+    def run(name: str, **options: Any) -> None:
+        objective = Phased(substeps=1, order=1, scale=1.0)
+        settings = replace(SETTINGS, steps=1)
+        keep = lambda step, loss: losses.setdefault(name, loss)  # noqa: E731
+        distil(pipe, objective, Noise(), settings, tmp_path / name, keep, **options)
+
+    run("both", start=first, teacher=first)
+    run("teacher", teacher=first)
+    assert losses["both"] < 1e-5 < 1e-3 < losses["teacher"]
+    with pytest.raises(ValueError, match="gone on from"):
+        distil(pipe, Phased(), Noise(), replace(SETTINGS, rank=3), tmp_path / "other", start=first)
 
 
 def test_a_whole_denoiser_can_be_trained(tmp_path: Path):
