@@ -95,6 +95,14 @@ def stream(
     compile: Compile = None,
     strict: Strict = False,
     demo: Annotated[bool, typer.Option("--demo", help="Draw a clip into out/ and compare on it.")] = False,
+    source: Annotated[
+        str | None, typer.Option(help="Live: camera, camera:1, screen, a URL, a file, a folder, or - (raw frames).")
+    ] = None,
+    sink: Annotated[str, typer.Option(help="Live: a file, a folder, an RTMP or SRT URL, virtual, or -.")] = "-",
+    fps: Annotated[float, typer.Option(help="Live: pace of files and folders, and of the sink.")] = 30.0,
+    seconds: Annotated[float | None, typer.Option(help="Live: end after so long.")] = None,
+    target_ms: Annotated[float | None, typer.Option(help="Live: age of pictures to keep.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Live: write a .fdrec for fastdiff replay.")] = None,
 ) -> None:
     """Turn a video into another, frame by frame, as fast as this machine can."""
     from fastdiff_app import images
@@ -128,6 +136,9 @@ def stream(
         strict=strict,
         most_frames=frames,
     )
+    if source is not None:
+        _live_stream(source, sink, prompt, fps, seconds, target_ms, json, record, common)
+        return
     if demo:
         if any(value is not None for value in (input, prompt, output, json, sheet)):
             raise Failure(ExitCode.USAGE, "--demo brings its own clip, prompt and files; leave the others out")
@@ -139,6 +150,40 @@ def stream(
     if not prompt.strip():
         raise Failure(ExitCode.USAGE, "the prompt is empty")
     run(StreamJob(input, prompt, output, json, sheet, baseline=baseline, **common))
+
+
+def _live_stream(
+    source: str,
+    sink: str,
+    prompt: str | None,
+    fps: float,
+    seconds: float | None,
+    target_ms: float | None,
+    json: Path | None,
+    record: Path | None,
+    common: dict[str, Any],
+) -> None:
+    from fastdiff_app.live.headless import LiveJob
+    from fastdiff_app.live.headless import run as run_live
+
+    names = ("steps", "strength", "guidance", "guidance_scale", "sampler", "noise", "seed")
+    settings = {"prompt": prompt or "", "negative_prompt": common["negative"]} | {one: common[one] for one in names}
+    model, plan, size = (common[name] for name in ("model", "plan", "size"))
+    run_live(LiveJob(source, sink, settings, model, plan, size, fps, target_ms, seconds, json, record))
+
+
+@app.command()
+def replay(
+    recording: Annotated[Path, typer.Argument(help="A .fdrec file.")],
+    sink: Annotated[str | None, typer.Option(help="Where pictures go, as of stream; nowhere if not given.")] = None,
+    fps: Annotated[float, typer.Option(help="Of a video that is written.")] = 30.0,
+    model: Annotated[str | None, typer.Option(help="Another model than the recording names.")] = None,
+    plan: PlanOption = None,
+) -> None:
+    """Run a recorded live session again and compare every picture by hash."""
+    from fastdiff_app.live.headless import replay as run
+
+    run(recording, model, plan, sink, fps)
 
 
 @app.command()

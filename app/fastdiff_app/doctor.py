@@ -5,6 +5,8 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from rich.console import Console
+
 import fastdiff
 from fastdiff_app.console import out
 from fastdiff_app.engine import load_pipeline
@@ -33,7 +35,7 @@ def _installed(package: str) -> str | None:
         return "present"
 
 
-def doctor(model: str | None) -> None:
+def doctor(model: str | None, out: Console = out) -> None:
     """Prints the environment, and with torch installed what can act on the model."""
     out.print(f"fastdiff {fastdiff.__version__}, Python {platform.python_version()}, {platform.system()}", markup=False)
     for package, (purpose, remedy) in PACKAGES.items():

@@ -77,4 +77,4 @@ class LiveLora:
 
 
 def _adapted(module: torch.nn.Module) -> dict[str, Any]:
-    return {path: one for path, one in module.named_modules() if hasattr(one, "lora_A") and len(one.lora_A)}
+    return {path: one for path, one in module.named_modules() if len(getattr(one, "lora_A", ()))}

@@ -196,6 +196,10 @@ class LiveSession:
         """Height and width of pictures now; None before the first."""
         return None if self._stream is None else self._stream.size
 
+    def prepare(self) -> None:
+        """Make the stream now, before a frame waits for it."""
+        self._prepare()
+
     def step(self) -> None:
         """One turn: the newest frame goes in, what is finished comes out."""
         taken = self._newest()
@@ -225,6 +229,12 @@ class LiveSession:
         if self._inside:
             self._run(self._stream.flush, "flush")
 
+    def record(self, recording: Recording | None) -> None:
+        """Begin a recording, or end it, with the next turn; streams are made anew, so that it begins at a beginning."""
+        self._switch = (recording,)
+
+    _switch: tuple[Recording | None] | None = None
+
     def _newest(self) -> Captured | None:
         try:
             return self._inbox.get(timeout=0)
@@ -236,8 +246,14 @@ class LiveSession:
         rung = self.controller.rung if self.controller is not None else Rung("as asked")
         extra = dict(rung.changes)
         place = (float(extra.pop("scale", 1.0)), extra.pop("plan", None))
-        if place != self._place:
+        switch, self._switch = self._switch, None
+        if place != self._place or switch is not None:
             self.drain()
+            if switch is not None:
+                self._streams.clear()
+                if self.recording is not None:
+                    self.recording.close()
+                self.recording = switch[0]
             if place not in self._streams:
                 self._streams[place] = self._open(*place)
             self._stream, self._place, self._applied = self._streams[place], place, {}

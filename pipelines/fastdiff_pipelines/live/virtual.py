@@ -26,13 +26,13 @@ class VirtualClock:
 
     def __init__(self):
         self.now = 0.0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._count = 0
 
     def __call__(self) -> float:
         return self.now
 
-    def at(self, when: float, what: Callable[[], None]) -> None:
+    def at(self, when: float, what: Callable[[], object]) -> None:
         """Let something happen at a time, or at once if that has passed."""
         self._count += 1
         heapq.heappush(self._events, (when, self._count, what))

@@ -183,7 +183,7 @@ def _controlled() -> Any:
     )  # fmt: skip
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 8, 8)).eval()
     for part in (*net.controlnet_down_blocks, net.controlnet_mid_block):
-        torch.nn.init.normal_(part.weight, std=0.3)
+        torch.nn.init.normal_(part.get_parameter("weight"), std=0.3)
     pipe = SimpleNamespace(unet=unet.eval(), controlnet=net)
     pipe.encode_prompt = lambda prompt, **_: (torch.full((1, 3, 8), float(len(prompt))),)
     return pipe

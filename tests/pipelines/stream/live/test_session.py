@@ -70,7 +70,7 @@ def test_a_failing_model_loses_its_frames_and_tells_and_ends_the_session_at_last
     problems: list[str] = []
 
     class Failing(IdentityStream):
-        def push(self, *_: Any) -> Any:
+        def push(self, frame: Any = None, frame_id: Any = None, captured: float | None = None) -> Any:
             raise RuntimeError("out of memory")
 
     session = LiveSession(lambda scale, plan: Failing(16, 16), Controls(Settings("")), on_problem=problems.append)

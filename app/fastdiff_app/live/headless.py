@@ -1,0 +1,184 @@
+"""Live sessions without a page: `fastdiff stream --source`, and `fastdiff replay`."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdiff_app import outputs
+from fastdiff_app.console import err
+from fastdiff_app.failures import ExitCode, Failure, one_line, require_torch
+
+
+@dataclass(frozen=True)
+class LiveJob:
+    """Everything `fastdiff stream --source` was asked for.
+
+    Attributes:
+        settings: keyword arguments of `fastdiff_pipelines.Settings`.
+        fps: at which files and folders are played, and sinks are told; live sources come as they come.
+        json: where the ledger goes.
+        record: where the recording goes.
+    """
+
+    source: str
+    sink: str
+    settings: dict[str, Any]
+    model: str | None = None
+    plan: str | None = None
+    size: tuple[int, int] | None = None
+    fps: float = 30.0
+    target_ms: float | None = None
+    seconds: float | None = None
+    json: Path | None = None
+    record: Path | None = None
+
+
+def run(job: LiveJob) -> dict[str, Any]:
+    """Runs until the source ends; gives the ledger."""
+    require_torch()
+    if not 0 < job.fps <= 240:
+        raise Failure(ExitCode.USAGE, f"--fps must be above 0 and at most 240, not {job.fps}")
+    for path, suffix in ((job.json, ".json"), (job.record, ".fdrec")):
+        if path is not None:
+            outputs.check_writable(path, (suffix,))
+    from fastdiff_app.live.model import LiveModel
+    from fastdiff_app.live.sinks import sink
+    from fastdiff_app.live.sources import frames
+    from fastdiff_pipelines.live import LiveSession, LiveWorker, Recording
+    from fastdiff_pipelines.live.energy import energy_meter
+    from fastdiff_pipelines.settings import Settings
+
+    with ExitStack() as held:
+        try:
+            settings = Settings(**job.settings)
+            model = LiveModel(job.model, settings, job.plan, job.size, job.target_ms, 1000 / job.fps)
+            held.enter_context(model)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise Failure(ExitCode.USAGE, f"the session cannot be set up: {one_line(error)}") from error
+        assert model.size is not None
+        recording = None
+        if job.record is not None:
+            about = {"model": job.model, "plan": job.plan, "size": model.size, "settings": job.settings}
+            recording = held.enter_context(closing(Recording(job.record, about)))
+        problems: list[str] = []
+        session = LiveSession(
+            model.open, model.controls(), controller=model.controller(), target_ms=job.target_ms, lora=model.lora,
+            on_problem=problems.append, recording=recording,
+        )  # fmt: skip
+        # streams are made and warmed before the first frame, not while it waits
+        session.prepare()
+        worker = LiveWorker(energy=energy_meter())
+        worker.add(session)
+        write = held.enter_context(sink(job.sink, job.fps, *model.size))
+        feeder = _Feeder(session, worker, frames(job.source, *model.size), job)
+        _until_ended(session, worker, feeder, write, model.size)
+        found = session.ledger.summary() | {"problems": problems[:20]}
+    if feeder.failure is not None:
+        raise feeder.failure
+    if job.json is not None:
+        outputs.write_json(job.json, found)
+    _say(found)
+    return found
+
+
+class _Feeder(threading.Thread):
+    """Takes frames at their time and offers them, whatever the model is doing."""
+
+    def __init__(self, session: Any, worker: Any, found: Any, job: LiveJob):
+        super().__init__(daemon=True)
+        self.session, self.worker, self.found, self.job = session, worker, found, job
+        self.failure: BaseException | None = None
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        from fastdiff_app.live.sources import is_live, paced
+
+        clock = self.session.clock
+        try:
+            if is_live(self.job.source):
+                timed = ((clock(), frame) for frame in self.found)
+            else:
+                timed = paced(self.found, self.job.fps, clock)
+            began = clock()
+            for number, (captured, frame) in enumerate(timed):
+                if self.ended.is_set() or (self.job.seconds is not None and captured - began >= self.job.seconds):
+                    return
+                self.session.offer(frame, number, captured)
+                self.worker.wake()
+        except Exception as error:
+            self.failure = error
+        finally:
+            self.ended.set()
+            self.worker.wake()
+
+
+def _until_ended(session: Any, worker: Any, feeder: _Feeder, write: Any, size: tuple[int, int]) -> None:
+    """Turns in this thread until the source has ended and everything is out."""
+    import numpy as np
+    from PIL import Image
+
+    def deliver() -> None:
+        for one in session.take():
+            picture = one.payload
+            if picture.shape[:2] != size:
+                picture = np.asarray(Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+            write(picture)
+            session.sent(one)
+
+    session.on_ready = deliver
+    feeder.start()
+    try:
+        while not (feeder.ended.is_set() and not session.waits):
+            if not worker.run_one():
+                feeder.ended.wait(0.002)
+        session.drain()
+    finally:
+        feeder.ended.set()
+        worker.remove(session)
+
+
+def replay(path: Path, model: str | None, plan: str | None, sink_target: str | None, fps: float) -> None:
+    """Runs a recording again and compares every picture by hash.
+
+    Raises:
+        Failure: it is no recording, or a picture differs (exit status 9).
+    """
+    require_torch()
+    if not path.is_file():
+        raise Failure(ExitCode.INPUT, f"no such recording: {path}")
+    from fastdiff_app.live.model import LiveModel
+    from fastdiff_app.live.sinks import sink
+    from fastdiff_pipelines.live import replay as run_again
+    from fastdiff_pipelines.live.recording import read
+    from fastdiff_pipelines.settings import Settings
+
+    try:
+        about = next(read(path))[0]
+        size = tuple(about["size"])
+        settings = Settings(**{"prompt": "", **about["settings"]})
+    except (ValueError, StopIteration, KeyError, TypeError) as error:
+        raise Failure(ExitCode.INPUT, f"{path} is not a whole recording: {one_line(error)}") from error
+    with ExitStack() as held:
+        name = about["model"] if model is None else model
+        made = held.enter_context(LiveModel(name, settings, plan or about["plan"], size))  # type: ignore[arg-type]
+        write = held.enter_context(sink(sink_target, fps, *size)) if sink_target else None  # type: ignore[misc]
+        try:
+            found = run_again(path, made.open, made.lora, (lambda one: write(one.image)) if write else lambda one: None)
+        except ValueError as error:
+            raise Failure(ExitCode.INPUT, one_line(error)) from error
+    err.print(f"{found.frames} frames: {found.same} pictures the same, {found.different} different", markup=False)
+    if found.different:
+        raise Failure(ExitCode.PARTLY, f"the first picture that differs is {found.first_different}")
+
+
+def _say(found: dict[str, Any]) -> None:
+    frames, age = found["frames"], found["age_ms"]
+    dropped = ", ".join(f"{count} {cause}" for cause, count in frames["dropped"].items()) or "none"
+    ages = "" if age is None else f"; age p50 {age['p50']:.0f} ms, p95 {age['p95']:.0f}, p99 {age['p99']:.0f}"
+    err.print(f"{frames['in']} frames in, {frames['shown']} shown, dropped: {dropped}{ages}", markup=False)
+    for problem in found["problems"][:3]:
+        err.print(problem, markup=False, style="yellow")

@@ -1,0 +1,214 @@
+// The live tab: camera frames out, pictures in, every picture acknowledged with its age as this page measured it.
+const $ = (name) => element.querySelector(".fd-" + name);
+const root = $("live"), picture = $("picture"), camera = $("camera"), chart = $("chart");
+const paint = picture.getContext("2d"), small = document.createElement("canvas"), ink = small.getContext("2d", { alpha: false });
+const MOST_IN_FLIGHT = 16;
+const S = { socket: null, hello: null, source: null, stream: null, next: 0, flying: new Map(), trips: [], offset: 0, bestTrip: 1e9, fps: 30,
+  held: 0, shown: 0, ids: [], ages: [], points: [], errors: [], lastFrame: 0, encoding: false, recording: false, ledger: null, times: [] };
+element.fastdiff = S;
+
+function say(text) { const box = $("message"); box.textContent = text || ""; box.hidden = !text; if (text) { S.errors.push(text); clearTimeout(say.timer); say.timer = setTimeout(() => say(""), 6000); } }
+const tell = (message) => { if (S.socket && S.socket.readyState === 1) S.socket.send(JSON.stringify(message)); };
+const set = (changes, seconds) => tell({ type: "set", changes, seconds: seconds || 0 });
+
+// as many frames on their way as the line holds between here and the server, by its quickest recent round trip
+function limit() {
+  const now = performance.now();
+  S.trips = S.trips.filter(([at]) => now - at < 10000);
+  if (!S.trips.length) return 2;
+  const trip = Math.min(...S.trips.map(([, took]) => took));
+  $("rtt").textContent = trip.toFixed(0) + " ms";
+  return Math.min(MOST_IN_FLIGHT, Math.ceil(trip * S.fps / 1000) + 1);
+}
+
+function connect() {
+  return new Promise((resolve, reject) => {
+    const scheme = location.protocol === "https:" ? "wss://" : "ws://";
+    const socket = S.socket = new WebSocket(scheme + location.host + "/live");
+    socket.binaryType = "arraybuffer";
+    socket.onmessage = (event) => {
+      if (typeof event.data !== "string") return frame(event.data);
+      const message = JSON.parse(event.data);
+      if (message.type === "hello") { S.hello = message; S.next = 0; S.held = 0; S.flying.clear(); ready(message); ping(); resolve(); }
+      if (message.type === "pong") pong(message);
+      if (message.type === "ledger") report(message);
+      if (message.type === "recording") { S.recording = message.on; $("rec").hidden = !message.on; $("record").textContent = message.on ? "Stop recording" : "Record"; }
+      if (message.type === "error") { say(message.message); if (message.fatal) reject(new Error(message.message)); }
+    };
+    socket.onclose = () => { if (root.dataset.state !== "idle") say("The connection ended. Start again to go on."); stop(); reject(new Error("closed")); };
+  });
+}
+function ping() { tell({ type: "ping", sent: performance.now() }); }
+function pong(message) {
+  const now = performance.now(), trip = now - message.sent;
+  if (trip <= S.bestTrip) { S.bestTrip = trip; S.offset = message.now - (message.sent + now) / 2; }
+  S.bestTrip += 0.05;
+}
+
+function size() {
+  return [S.hello.width, S.hello.height];
+}
+function send(at) {
+  if (!S.socket || S.socket.readyState !== 1 || !S.hello) return;
+  const gap = at - S.lastFrame; S.lastFrame = at;
+  if (gap > 5 && gap < 200) S.fps = 0.95 * S.fps + 0.05 * (1000 / gap);
+  if (S.flying.size >= limit() || S.socket.bufferedAmount > 65536 || S.encoding) { S.held += 1; return; }
+  const [width, height] = size(), w = S.source.videoWidth || S.source.width, h = S.source.videoHeight || S.source.height;
+  if (!w || !h) return;
+  if (small.width !== width || small.height !== height) { small.width = width; small.height = height; }
+  const side = Math.min(w / width, h / height), cutW = width * side, cutH = height * side;
+  ink.drawImage(S.source, (w - cutW) / 2, (h - cutH) / 2, cutW, cutH, 0, 0, width, height);
+  S.encoding = true;
+  small.toBlob(async (blob) => {
+    try {
+      const bytes = await blob.arrayBuffer();
+      if (!S.socket || S.socket.readyState !== 1) return;
+      const id = S.next++, data = new Uint8Array(13 + bytes.byteLength), view = new DataView(data.buffer);
+      view.setUint8(0, 1); view.setUint32(1, id, true); view.setFloat64(5, at + S.offset, true);
+      data.set(new Uint8Array(bytes), 13);
+      S.flying.set(id, performance.now());
+      S.socket.send(data);
+    } finally { S.encoding = false; }
+  }, "image/jpeg", 0.85);
+}
+async function frame(buffer) {
+  const view = new DataView(buffer), kind = view.getUint8(0), id = view.getUint32(1, true);
+  if (kind === 2) {
+    const sent = S.flying.get(id);
+    if (sent !== undefined) { S.flying.delete(id); S.trips.push([performance.now(), performance.now() - sent]); }
+    return;
+  }
+  const captured = view.getFloat64(5, true) - S.offset;
+  let image;
+  try { image = await createImageBitmap(new Blob([new Uint8Array(buffer, 17)], { type: "image/jpeg" })); } catch { return; }
+  if (S.ids.length && id < S.ids[S.ids.length - 1] && S.shown > 0) return;
+  if (picture.width !== image.width || picture.height !== image.height) { picture.width = image.width; picture.height = image.height; }
+  paint.drawImage(image, 0, 0); image.close();
+  const now = performance.now(), age = now - captured;
+  S.shown += 1; S.ids.push(id); S.ages.push(age); S.points.push([now, age]); S.times.push(now);
+  if (S.ids.length > 4000) { S.ids.splice(0, 2000); S.ages.splice(0, 2000); S.times.splice(0, 2000); }
+  const data = new DataView(new ArrayBuffer(13));
+  data.setUint8(0, 2); data.setUint32(1, id, true); data.setFloat32(5, age, true); data.setUint32(9, S.held, true);
+  if (S.socket && S.socket.readyState === 1) S.socket.send(data.buffer);
+}
+
+const WORDS = { uplink: "to the server", wait: "waiting", unpack: "unpacking", encode: "encoder", denoise: "denoiser", decode: "decoder", others: "other frames", idle: "between steps", pack: "packing", send: "sending", paint: "to the screen" };
+const TINTS = ["#7cc4ff", "#5a7a9a", "#9ad0c2", "#f2b65c", "#ee7d4f", "#d95f8a", "#8a6fb0", "#4b5568", "#6fbf73", "#5d9cec", "#a6b8d8"];
+function report(message) {
+  const found = S.ledger = message.ledger, put = (name, text) => { $(name).textContent = text; };
+  put("shown", found.frames.shown);
+  const drops = Object.entries(found.frames.dropped);
+  put("dropped", drops.reduce((sum, [, count]) => sum + count, 0));
+  $("dropped").title = drops.map(([cause, count]) => cause + ": " + count).join("\n") || "none";
+  put("jitter", found.jitter_ms === null ? "–" : found.jitter_ms.toFixed(1) + " ms");
+  put("ptp", found.prompt_to_pixel_frames === null ? "–" : found.prompt_to_pixel_frames + " frames");
+  put("deadline", found.deadline ? (100 * found.deadline.rate).toFixed(1) + " % late" : "none set");
+  $("deadline").title = message.rung || "";
+  const total = Object.values(found.stages_ms).reduce((sum, one) => sum + one.p50, 0) || 1;
+  $("stages").replaceChildren(...Object.entries(found.stages_ms).map(([name, one]) => {
+    const bar = document.createElement("i");
+    bar.style.width = 100 * one.p50 / total + "%"; bar.style.background = TINTS[Object.keys(WORDS).indexOf(name)];
+    bar.title = (WORDS[name] || name) + ": " + one.p50.toFixed(1) + " ms";
+    return bar;
+  }));
+}
+function draw() {
+  const now = performance.now(), pen = chart.getContext("2d"), { width, height } = chart;
+  S.points = S.points.filter(([at]) => now - at < 15000);
+  S.times = S.times.filter((at) => now - at < 15000);
+  pen.clearRect(0, 0, width, height);
+  if (S.points.length > 1) {
+    const ages = S.points.map(([, age]) => age).sort((a, b) => a - b), p95 = ages[Math.floor(0.95 * (ages.length - 1))];
+    const top = Math.max(20, 1.35 * p95), style = getComputedStyle(root);
+    const y = (age) => height - 8 - (height - 20) * Math.min(1, age / top), x = (at) => width - (now - at) / 15000 * width;
+    pen.strokeStyle = style.getPropertyValue("--border-color-primary"); pen.setLineDash([4, 6]); pen.beginPath(); pen.moveTo(0, y(p95)); pen.lineTo(width, y(p95)); pen.stroke(); pen.setLineDash([]);
+    pen.strokeStyle = style.getPropertyValue("--color-accent"); pen.lineWidth = 2.5; pen.beginPath();
+    S.points.forEach(([at, age], i) => i ? pen.lineTo(x(at), y(age)) : pen.moveTo(x(at), y(age)));
+    pen.stroke();
+    $("p95").textContent = "p95 " + p95.toFixed(0) + " ms";
+    const last = S.points.slice(-8).map(([, age]) => age).sort((a, b) => a - b);
+    $("age").textContent = last[last.length >> 1].toFixed(0) + " ms";
+    const recent = S.times.filter((at) => now - at < 2000).length / 2;
+    $("fps").textContent = recent.toFixed(0) + " fps";
+  }
+}
+
+function ready(hello) {
+  if (!$("prompt").value) $("prompt").value = hello.settings.prompt;
+  for (const slider of element.querySelectorAll(".fd-slider")) {
+    const name = slider.dataset.name, input = slider.querySelector("input");
+    if (name in hello.settings && !slider.dataset.touched) { input.value = hello.settings[name]; label(slider); }
+  }
+  const adapters = $("adapters");
+  adapters.replaceChildren(...Object.keys(hello.adapters).map((name) => {
+    const one = document.createElement("label"); one.className = "fd-field fd-slider"; one.dataset.name = "lora:" + name;
+    const title = document.createElement("span"); title.append("LoRA " + name + " ", document.createElement("output"));
+    const input = document.createElement("input"); Object.assign(input, { type: "range", min: 0, max: 1.5, step: 0.01, value: hello.adapters[name] });
+    one.append(title, input); label(one); return one;
+  }));
+  $("record").disabled = !hello.records;
+  $("record").title = hello.records ? "" : "Start the server with --record FOLDER to allow recordings";
+}
+function label(slider) {
+  const input = slider.querySelector("input"), name = slider.dataset.name;
+  slider.querySelector("output").textContent = name === "seconds" ? (+input.value).toFixed(1) + " s" : (name === "steps" || name === "seed") ? input.value : (+input.value).toFixed(2);
+}
+const fade = () => +element.querySelector('[data-name="seconds"] input').value;
+element.addEventListener("input", (event) => {
+  const slider = event.target.closest(".fd-slider");
+  if (slider) {
+    slider.dataset.touched = "1"; label(slider);
+    const name = slider.dataset.name, value = +event.target.value;
+    if (name === "seconds") return;
+    set(name === "guidance_scale" ? { guidance: value > 1 ? "self" : "none", guidance_scale: value } : { [name]: value }, name === "seed" ? fade() : 0);
+  }
+  if (event.target === $("prompt")) { clearTimeout(S.typing); S.typing = setTimeout(() => { if ($("prompt").value.trim()) set({ prompt: $("prompt").value }, fade()); }, 250); }
+});
+$("retarget").addEventListener("change", () => set({ on_update: $("retarget").checked ? "retarget" : "finish" }));
+
+async function go(kind) {
+  say("");
+  try {
+    if (kind === "camera") {
+      if (!navigator.mediaDevices) throw new Error("Browsers give a camera only to https pages and to localhost. Start the server with --https, or open it as localhost.");
+      S.stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 512 }, height: { ideal: 512 }, frameRate: { ideal: 30 } } });
+      camera.srcObject = S.stream; await camera.play(); S.source = camera;
+    } else { S.source = scene(); }
+    await connect();
+    root.dataset.state = kind;
+    const changes = { prompt: $("prompt").value || S.hello.settings.prompt };
+    for (const slider of element.querySelectorAll(".fd-slider[data-touched]")) if (slider.dataset.name !== "seconds") changes[slider.dataset.name] = +slider.querySelector("input").value;
+    if (changes.guidance_scale > 1) changes.guidance = "self";
+    set(changes);
+    S.pings = setInterval(ping, 1000); S.drawing = setInterval(draw, 100);
+    kind === "camera" ? watch() : animate();
+  } catch (error) { stop(); say(error.name === "NotAllowedError" ? "The camera was not allowed. Allow it in the address bar, or use the test scene." : error.message); }
+}
+function watch() { if (S.source === camera) camera.requestVideoFrameCallback((now) => { send(performance.now()); watch(); }); }
+function scene() { const made = document.createElement("canvas"); made.width = made.height = 256; return made; }
+function animate() {
+  const pen = S.source.getContext("2d"), source = S.source, begun = performance.now();
+  const step = () => {
+    if (S.source !== source) return;
+    const t = (performance.now() - begun) / 1000;
+    pen.fillStyle = "#2456d8"; pen.fillRect(0, 0, 256, 256); pen.fillStyle = "#d8302a";
+    pen.beginPath(); pen.arc(128 + 62 * Math.sin(t * 0.9), 128 + 48 * Math.cos(t * 0.7), 58, 0, 7); pen.fill();
+    send(performance.now());
+  };
+  S.ticking = setInterval(step, 1000 / 30);
+}
+function stop() {
+  root.dataset.state = "idle"; S.source = null;
+  for (const name of ["pings", "drawing", "ticking"]) clearInterval(S[name]);
+  if (S.stream) S.stream.getTracks().forEach((track) => track.stop());
+  S.stream = null; camera.srcObject = null;
+  const socket = S.socket; S.socket = null; S.hello = null;
+  if (socket) { socket.onclose = null; socket.close(); }
+}
+$("start").addEventListener("click", () => go("camera"));
+$("clip").addEventListener("click", () => go("scene"));
+$("stop").addEventListener("click", stop);
+$("record").addEventListener("click", () => tell({ type: "record", on: !S.recording }));
+$("snap").addEventListener("click", () => picture.toBlob((blob) => {
+  const link = document.createElement("a"); link.href = URL.createObjectURL(blob); link.download = "fastdiff-" + Date.now() + ".png"; link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}));

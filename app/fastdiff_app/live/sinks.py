@@ -1,0 +1,99 @@
+"""Where live pictures go: a file, a folder, a stream's URL, a virtual camera, or raw frames on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdiff_app import images, video
+from fastdiff_app.failures import ExitCode, Failure, is_installed, one_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+URLS = {"rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "udp": "mpegts"}
+
+
+@contextmanager
+def sink(target: str, fps: float, height: int, width: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """Gives a function that takes one uint8 ``[H, W, 3]`` picture.
+
+    Args:
+        target: a video file, a folder (made if its name has no suffix), an RTMP or SRT URL, "virtual" for a virtual
+            camera (package pyvirtualcam), or "-" for raw frames on standard output.
+
+    Raises:
+        Failure: it cannot be written.
+    """
+    scheme = target.partition("://")[0]
+    if target == "-":
+        yield _standard_output
+    elif target == "virtual":
+        with _virtual(fps, height, width) as write:
+            yield write
+    elif "://" in target:
+        if scheme not in URLS:
+            raise Failure(ExitCode.USAGE, f"{target}: pictures go to {', '.join(URLS)} addresses")
+        with _url(target, URLS[scheme], fps, height, width) as write:
+            yield write
+    elif Path(target).suffix.lower() in video.SUFFIXES:
+        rate = Fraction(fps).limit_denominator(1000)
+        with video.video_sink(Path(target), rate, height, width) as write:
+            yield write
+    elif Path(target).suffix == "":
+        yield _Folder(Path(target))
+    else:
+        raise Failure(ExitCode.USAGE, f"{target}: write a {', '.join(video.SUFFIXES)} file, a folder, a URL or -")
+
+
+class _Folder:
+    def __init__(self, folder: Path):
+        self.folder, self.count = folder, 0
+
+    def __call__(self, picture: np.ndarray) -> None:
+        images.write_image(self.folder / f"{self.count:06}.png", picture)
+        self.count += 1
+
+
+def _standard_output(picture: np.ndarray) -> None:
+    try:
+        sys.stdout.buffer.write(picture.tobytes())
+        sys.stdout.buffer.flush()
+    except BrokenPipeError as error:
+        raise Failure(ExitCode.OUTPUT, "nobody reads standard output any more") from error
+
+
+@contextmanager
+def _url(target: str, container_format: str, fps: float, height: int, width: int) -> Iterator[Callable]:
+    import av
+
+    try:
+        with av.open(target, "w", format=container_format) as container:
+            options = {"preset": "ultrafast", "tune": "zerolatency"}
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options=options)
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+
+            def write(picture: np.ndarray) -> None:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+
+            yield write
+            container.mux(stream.encode(None))
+    except (av.FFmpegError, OSError) as error:
+        raise Failure(ExitCode.OUTPUT, f"cannot send to {target}: {one_line(error)}") from error
+
+
+@contextmanager
+def _virtual(fps: float, height: int, width: int) -> Iterator[Callable]:
+    if not is_installed("pyvirtualcam"):
+        raise Failure(ExitCode.MISSING, "a virtual camera needs: python -m pip install pyvirtualcam")
+    import pyvirtualcam  # type: ignore[import-not-found]
+
+    try:
+        with pyvirtualcam.Camera(width=width, height=height, fps=fps) as made:
+            yield made.send
+    except RuntimeError as error:
+        raise Failure(ExitCode.OUTPUT, f"no virtual camera: {one_line(error)}") from error
