@@ -39,7 +39,7 @@ def truth(q: Tensor, k: Tensor, v: Tensor, up: Tensor, chosen: Selection | None)
     return list(torch.autograd.grad(output, (q, k, v), up.double()))
 
 
-@pytest.mark.parametrize("path", ["triton", "masked"])
+@pytest.mark.parametrize("path", ["triton", "masked", "gather"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients_equal_autograd(path: str, sparse: bool):
     q, k, v, up = inputs()
@@ -65,7 +65,7 @@ def test_linear_branch_equals_all_pairs(features: str):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["triton", "masked"])
+@pytest.mark.parametrize("path", ["triton", "masked", "gather"])
 def test_without_a_projection_it_is_top_k_and_the_projection_learns(path: str):
     q, k, v, up = inputs()
     chosen = route(q, k, 0.5, 16, 16)

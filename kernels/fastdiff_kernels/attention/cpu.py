@@ -1,8 +1,8 @@
 """Attention on CPUs, by whatever measures fastest there.
 
 Sparse: the chosen key blocks of every query block are gathered and all query blocks become rows of one batched SDPA.
-`masked` is for small blocks, where gathering costs more than it saves, and for 8-bit emulation: scores of all keys are
-formed and those left out are masked. `flex` is compiled flex attention, the fastest in float32, without log-sum-exp.
+`masked` is for 8-bit emulation and for comparison: scores of all keys are formed, a stretch of queries at a time, and
+those left out are masked. `flex` is compiled flex attention, the fastest in float32, without log-sum-exp.
 Eight bits are emulated: no CPU matrix product gets faster by them.
 """
 
@@ -18,7 +18,8 @@ from fastdiff_kernels.quantise.reference import dequantised
 from .blocks import Selection, blocks_in
 
 GATHER_BYTES = 1 << 28
-SMALLEST_GATHERED = 32
+# scores that are read again before they leave the cache: several times faster than all at once
+MASKED_BYTES = 1 << 22
 
 
 def attention(
@@ -35,8 +36,7 @@ def attention(
     """See `fastdiff_kernels.attention.attention`; defined for finite inputs."""
     from . import merge
 
-    small = selection is not None and min(selection.query_block, selection.key_block) < SMALLEST_GATHERED
-    if masked or small or precision == "int8_fp8" or q.device.type != "cpu":
+    if masked or precision == "int8_fp8" or q.device.type != "cpu":
         output, lse = _masked(q, k, v, scale, selection, precision, lengths)
     else:
         shift: Tensor | float = 0.0
@@ -51,7 +51,7 @@ def attention(
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """SDPA with its log-sum-exp; `mask` is added to the scores, of q's dtype, broadcast to [B, N, S, T]."""
-    k, v = _repeated(q, k, v)
+    k, v = repeated(q, k, v)
     # the operation reads channels as if they lay side by side
     q, k, v = (one if one.stride(-1) == 1 else one.contiguous() for one in (q, k, v))
     operation: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -66,19 +66,18 @@ def _gathered(
         mask = None if lengths is None else _bias(_seen(lengths, k.shape[2]), q.dtype)
         output, lse = dense(q, k, v, scale, mask)
         return _cleared(output, lse, None if lengths is None else (lengths > 0)[:, None, None].expand_as(lse))
-    k, v = _repeated(q, k, v)
+    k, v = repeated(q, k, v)
     batch, heads, queries, head = q.shape
     rows, width = selection.blocks.shape[2:]
     size = selection.key_block
     every = rows * width * size * head * q.element_size() * 2
     if width == 0:
         return q.new_zeros(q.shape), _wide(q.new_full(q.shape[:3], float("-inf")))
-    keys, values = (_in_blocks(one, size) for one in (k, v))  # [B * N * J, size, D]
+    keys, values = (in_blocks(one, size) for one in (k, v))  # [B * N * J, size, D]
     offsets = torch.arange(batch * heads).view(batch, heads, 1, 1) * blocks_in(k.shape[2], size)
     places = selection.blocks + offsets  # [B, N, I, M]
-    padded = torch.nn.functional.pad(q, (0, 0, 0, -queries % selection.query_block))
-    tiles = padded.unflatten(2, (rows, selection.query_block))  # [B, N, I, query_block, D]
-    bias = _tail_bias(selection, k.shape[2], lengths, q.dtype)
+    tiles = in_tiles(q, selection.query_block)  # [B, N, I, query_block, D]
+    bias = tail_bias(selection, k.shape[2], lengths, q.dtype)
     step = max(1, GATHER_BYTES * rows // max(1, every * batch * heads))
     outputs, sums = [], []
     for start in range(0, rows, step):
@@ -101,7 +100,7 @@ def _gathered(
     return _cleared(output, lse, any_key)
 
 
-def _tail_bias(selection: Selection, keys: int, lengths: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def tail_bias(selection: Selection, keys: int, lengths: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What to add to the scores of gathered keys [B, N, I, M * key_block]; None where every one of them counts."""
     full = int(selection.counts.min()) == selection.blocks.shape[-1]
     if full and keys % selection.key_block == 0 and lengths is None:
@@ -121,36 +120,50 @@ def _masked(
     precision: str,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    shift: Tensor | float = 0.0
-    dtype = q.dtype
     fp8 = precision == "int8_fp8"
-    v_mean = v.float().mean(2, keepdim=True)
-    v_scale = (v - v_mean).abs().amax(2, keepdim=True) / FP8_MAX
+    wide = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    values, v_scale, v_mean = v, 1.0, 0.0
+    if fp8:
+        v_mean = v.float().mean(2, keepdim=True)
+        v_scale = (v - v_mean).abs().amax(2, keepdim=True) / FP8_MAX
+        v_scale = torch.where(v_scale == 0, 1, v_scale)
+        values = ((v - v_mean) / v_scale).to(torch.float8_e4m3fn)
+        v_mean, v_scale = (one.repeat_interleave(groups, 1) for one in (v_mean, v_scale))
+    dtype, shift = q.dtype, 0.0
     if precision != "exact":
         q, k, shift = _emulated(q, k, v, scale)
-    k, v = _repeated(q, k, v)
-    wide = torch.promote_types(dtype, torch.float32)
-    scores = q.to(wide) @ k.to(wide).mT * scale
-    seen = token_mask(selection, q.shape[2], k.shape[2], lengths)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, float("-inf"))
-    top = scores.amax(-1, keepdim=True)
-    top = torch.where(top == float("-inf"), 0, top)
-    weights = (scores - top).exp()
-    total = weights.sum(-1, keepdim=True)
-    values = v.to(wide)
-    if fp8:
-        repeats = q.shape[1] // v_mean.shape[1]
-        v_mean, v_scale = (one.repeat_interleave(repeats, 1) for one in (v_mean, torch.where(v_scale == 0, 1, v_scale)))
-        values = ((values - v_mean) / v_scale).to(torch.float8_e4m3fn).to(wide)
-        weights = (weights * FP8_MAX).to(torch.float8_e4m3fn).to(wide) / FP8_MAX
-    elif precision == "int8":
-        weights = weights.to(dtype).to(wide)
-    output = weights @ values / total
+    k, values = k.to(wide), values.to(wide)
+    k, values = repeated(q, k, values)
+    step = max(1, MASKED_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
+    step = -(-step // selection.query_block) * selection.query_block if selection else step
+    parts = []
+    for start in range(0, q.shape[2], step):
+        rows = slice(start, min(start + step, q.shape[2]))
+        seen = token_mask(selection, rows, k.shape[2], lengths)
+        parts.append(_masked_rows(q[:, :, rows].to(wide) * scale, k, values, seen, precision, dtype))
+    output, lse, any_key = (torch.cat(part, 2) for part in zip(*parts, strict=True))
     if fp8:
         output = output * v_scale + v_mean
-    lse = (top + total.log())[..., 0] + shift
-    return _cleared(output.to(dtype), lse, total[..., 0] > 0)
+    return _cleared(output.to(dtype), lse + shift, any_key)
+
+
+def _masked_rows(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, precision: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and whether there is any key, of some rows of scaled q."""
+    scores = q @ k.mT
+    if seen is not None:
+        scores = scores.masked_fill_(~seen, float("-inf"))
+    top = scores.amax(-1, keepdim=True)
+    top = torch.where(top == float("-inf"), 0, top)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if precision == "int8_fp8":
+        weights = (weights * FP8_MAX).to(torch.float8_e4m3fn).to(q.dtype) / FP8_MAX
+    elif precision == "int8":
+        weights = weights.to(dtype).to(q.dtype)
+    return weights @ v / total, (top + total.log())[..., 0], total[..., 0] > 0
 
 
 def _emulated(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,13 +174,18 @@ def _emulated(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     return whole_q, dequantised(made.k, made.k_scale, made.k_group).to(k.dtype), made.shift * scale
 
 
-def token_mask(selection: Selection | None, queries: int, keys: int, lengths: Tensor | None) -> Tensor | None:
-    """Bool [B, N, S, T] or a shape that broadcasts to it, True where a key counts; None where all do."""
+def token_mask(selection: Selection | None, rows: slice, keys: int, lengths: Tensor | None) -> Tensor | None:
+    """Bool [B, N, rows, T] or a shape that broadcasts to it, True where a key counts; None where all do.
+
+    `rows` begins with a query block.
+    """
     seen = None if lengths is None else _seen(lengths, keys)
     if selection is None:
         return seen
-    mask = selection.mask(blocks_in(keys, selection.key_block))
-    mask = mask.repeat_interleave(selection.query_block, 2)[:, :, :queries]
+    size = selection.query_block
+    part = slice(rows.start // size, blocks_in(rows.stop, size))
+    some = Selection(selection.blocks[:, :, part], selection.counts[:, :, part], size, selection.key_block)
+    mask = some.mask(blocks_in(keys, selection.key_block)).repeat_interleave(size, 2)[:, :, : rows.stop - rows.start]
     mask = mask.repeat_interleave(selection.key_block, 3)[..., :keys]
     return mask if seen is None else mask & seen
 
@@ -191,12 +209,18 @@ def _wide(lse: Tensor) -> Tensor:
     return lse.to(torch.promote_types(lse.dtype, torch.float32))
 
 
-def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     groups = q.shape[1] // k.shape[1]
     return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
 
-def _in_blocks(x: Tensor, size: int) -> Tensor:
+def in_tiles(x: Tensor, size: int) -> Tensor:
+    """[B, N, S, D] as [B, N, blocks, size, D], the last block filled up with zeros."""
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+
+
+def in_blocks(x: Tensor, size: int) -> Tensor:
+    """[B, N, S, D] as [B * N * blocks, size, D], the last block filled up with zeros."""
     padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % size))
     return padded.reshape(-1, size, x.shape[3])
 
@@ -214,7 +238,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, selection: Selection) ->
 
     if q.shape[2] % selection.query_block or k.shape[2] % selection.key_block:
         raise ValueError("flex attention is given whole blocks here; use path='gather' for ragged lengths")
-    k, v = _repeated(q, k, v)
+    k, v = repeated(q, k, v)
     width = blocks_in(k.shape[2], selection.key_block)
     spare = width - selection.blocks.shape[-1]
     # given as partial blocks: of full ones only, torch 2.13 writes C++ that does not compile

@@ -56,11 +56,11 @@ def sparse_linear(
 
     Args:
         projection: [N, D, D] or [D, D]; zeros leave top-k block-sparse attention, which is what untrained SLA is.
-        path: "triton" or "masked" (torch); None takes Triton on CUDA.
+        path: "triton", or in torch "gather" or "masked"; None takes Triton on CUDA and "gather" elsewhere.
     """
     if projection.shape[-2:] != (q.shape[-1], q.shape[-1]):
         raise ValueError(f"projection ends in {[q.shape[-1]] * 2}, not {list(projection.shape)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    path = path or ("triton" if q.is_cuda else "masked")
+    path = path or ("triton" if q.is_cuda else "gather")
     sparse: Tensor = BlockSparse.apply(q, k, v, scale, selection, path)  # type: ignore[assignment]
     return sparse + (linear_attention(q, k, v, features) @ projection.float()).to(q.dtype)
