@@ -16,12 +16,17 @@ from fastdiff.anatomy import anatomy, capture
 from fastdiff.attention.order import TokenOrder
 from fastdiff.attention.sparse import SparseAttention
 from fastdiff.caching.diffusers_cache import DiffusersCache
+from fastdiff.caching.forecast import Forecast
 from fastdiff.hooks import RemovalOrder
 from fastdiff.miniature.families import FAMILIES, family
 from fastdiff.plan import MEMBERS, member
 from fastdiff.runtime.compile import Compile
 from fastdiff.runtime.precision import Precision
+from fastdiff.runtime.tiles import TiledInference
 from fastdiff.runtime.tiny_decoder import TinyDecoder
+from fastdiff.sampling.interval import GuidanceInterval
+from fastdiff.sampling.noise_shift import NoiseShift
+from fastdiff.sampling.steps import StepBudget
 
 STEPS = 6
 SIZE = 32
@@ -57,12 +62,24 @@ EXAMPLES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "int8": lambda pipe: SparseAttention(density=1, precision="int8", minimum_tokens=8),
     },
     "TokenOrder": {"tiles": lambda pipe: TokenOrder(2)},
+    "Forecast": {
+        "uniform": lambda pipe: Forecast(warm_up=2),
+        "quadratic": lambda pipe: Forecast(order=2, quantity="output"),
+        "adaptive": lambda pipe: Forecast("adaptive", threshold=0.5, warm_up=2, max_run=2, quantity="residual"),
+    },
     "DiffusersCache": {
         "first_block": lambda pipe: DiffusersCache(threshold=0.5, warm_up=2),
         "taylorseer": lambda pipe: DiffusersCache(method="taylorseer", warm_up=2),
         "pyramid": lambda pipe: DiffusersCache(method="pyramid_attention", warm_up=2),
         "mag": lambda pipe: DiffusersCache(method="mag", warm_up=2, ratios=(1.0,) * STEPS),
     },
+    "TiledInference": {
+        "moving": lambda pipe: TiledInference(4),
+        "overlapping": lambda pipe: TiledInference(4, "overlapping"),
+    },
+    "NoiseShift": {"up": lambda pipe: NoiseShift(tuple((h, 8, (0, 999), (50, 999)) for h in (8, 16)))},
+    "GuidanceInterval": {"early": lambda pipe: GuidanceInterval(0.5, 1.0)},
+    "StepBudget": {"four": lambda pipe: StepBudget(4)},
     "Compile": {"traced": lambda pipe: Compile(backend="eager")},
 }
 ALL = [(name, kind, example) for name in FAMILIES for kind in MEMBERS for example in EXAMPLES.get(kind, ("default",))]

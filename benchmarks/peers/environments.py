@@ -23,6 +23,9 @@ PEERS = {
         "numpy<2",
         "torch==2.13.0",
     ),
+    # these pin nothing, so they get what fastdiff itself is measured with
+    "deepcache": ("DeepCache==0.1.1", "diffusers==0.42.1", "transformers>=5,<6", "accelerate", "torch==2.13.0"),
+    "cache-dit": ("cache-dit==1.5.3", "diffusers==0.42.1", "transformers>=5,<6", "accelerate", "torch==2.13.0"),
 }
 
 

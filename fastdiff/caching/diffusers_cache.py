@@ -21,14 +21,13 @@ from fastdiff.anatomy import (
     attentions,
     block_metadata,
     blocks,
-    conditioning,
     denoiser_arguments,
     diffusers_hooks,
     forward_names,
     is_last_step,
     step_count,
-    step_index,
 )
+from fastdiff.caching.branches import branch_of
 from fastdiff.hooks import MISSING, Hooks, Request, Requests
 
 METHODS = ("first_block", "taylorseer", "pyramid_attention", "mag")
@@ -154,7 +153,7 @@ class _Steering:
             with self.requests.open(stray=True):
                 return self.around(inner, *args, **kwargs)
         outer = request.branch
-        request.branch = self._branch(request, denoiser_arguments(self.denoiser, args, kwargs))
+        request.branch = branch_of(request, self, denoiser_arguments(self.denoiser, args, kwargs))
         try:
             progress = self.progress()
             progress.compute = self._decide(request, progress)
@@ -225,27 +224,6 @@ class _Steering:
         if self.settings.method in ("taylorseer", "pyramid_attention"):
             return not progress.compute
         return not self._state().should_compute
-
-    def _branch(self, request: Request, arguments: dict[str, Any]) -> int:
-        """Number the guidance branches by what they are conditioned on; the tensors are held, so none is reborn."""
-        import torch
-
-        known = request.state((self, "branches"), list)
-        tensors = conditioning(arguments)
-        step = step_index(request.pipe)
-        for number, branch in enumerate(known):
-            if len(branch[0]) == len(tensors) and all(a is b for a, b in zip(branch[0], tensors, strict=True)):
-                branch[1] = step
-                return number
-        for number, branch in enumerate(known):
-            # equal in content, but already called in this step: the other branch, with the same words
-            if len(branch[0]) != len(tensors) or (step is not None and branch[1] == step):
-                continue
-            if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(branch[0], tensors, strict=True)):
-                branch[1] = step
-                return number
-        known.append([tensors, step])
-        return len(known) - 1
 
 
 class ScopedStates:
