@@ -20,7 +20,7 @@ from fastdiff.hooks import MISSING, innermost
 PIPELINE_CONFIG = "_internal_dict"
 COMPILED_CALL = "_compiled_call_impl"
 HOOK_REGISTRY = "_diffusers_hook"
-_TIMESTEPS = ("timestep", "timesteps", "t")
+TIMESTEPS = ("timestep", "timesteps", "t")
 _PRECISE = ("timestep", "guidance", "sigma", "_ids", "rotary", "time_ids")
 
 
@@ -101,7 +101,7 @@ def forward_names(part: Any) -> tuple[str, ...]:
 def is_denoiser(part: Any) -> bool:
     """True for a module whose forward takes a timestep and that is not an adapter such as a ControlNet."""
     names = forward_names(part)
-    return any(name in names for name in _TIMESTEPS) and "controlnet_cond" not in names
+    return any(name in names for name in TIMESTEPS) and "controlnet_cond" not in names
 
 
 def denoiser_arguments(denoiser: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +150,19 @@ def block_metadata(block: Any) -> Any:
         return TransformerBlockRegistry.get(type(block))
     except ValueError:
         return None
+
+
+def block_stacks(denoiser: Any) -> list[tuple[Any, list[Any]]]:
+    """Runs of transformer blocks, each as (the module that makes their tokens, blocks in order of execution).
+
+    A DiT has one, which is its own; a UNet has one in each of its transformers. Only blocks whose arguments diffusers'
+    registry knows are given.
+    """
+    own = [block for _, block in blocks(denoiser)]
+    if own:
+        return [(denoiser, own)] if all(map(block_metadata, own)) else []
+    parts = [(module, [block for _, block in blocks(module)]) for module in denoiser.modules()]
+    return [(module, found) for module, found in parts if found and all(map(block_metadata, found))]
 
 
 def attentions(denoiser: Any) -> list[tuple[str, Any]]:

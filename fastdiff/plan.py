@@ -16,6 +16,7 @@ MEMBERS = {
     "Precision": "fastdiff.runtime.precision",
     "TinyDecoder": "fastdiff.runtime.tiny_decoder",
     "SparseAttention": "fastdiff.attention.sparse",
+    "SparseLinear": "fastdiff.attention.linear",
     "TokenOrder": "fastdiff.attention.order",
     "Forecast": "fastdiff.caching.forecast",
     "DiffusersCache": "fastdiff.caching.diffusers_cache",

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.anatomy import attentions, conditioning, denoiser_arguments, step_count, step_index
+from fastdiff.attention.grid import Grid, latent_grid
 from fastdiff.hooks import Hooks, Request
 
 _numbers = itertools.count()
@@ -32,7 +33,7 @@ class Moment:
     Attributes:
         step: denoiser calls of this branch before this one; steps: how many there will be, if known.
         timestep: as the denoiser gets it, of the first row.
-        shape: of the latents as the denoiser gets them.
+        latents: frames, height and width of what the denoiser gets, None where that cannot be told.
         places: float [S, 3] frame, row and column of each image token where the denoiser was told; else None.
         engaged: set when a layer took a faster way.
         calls: how often each module has called attention so far.
@@ -43,7 +44,7 @@ class Moment:
     step: int = 0
     steps: int | None = None
     timestep: float = 0.0
-    shape: tuple[int, ...] = ()
+    latents: Grid | None = None
     places: Tensor | None = None
     engaged: bool = False
     calls: dict[str, int] = field(default_factory=dict)
@@ -198,6 +199,7 @@ class Plug:
         self.attend = attend
         self.minimum_tokens = minimum_tokens
         self.declined: dict[str, str] = {}
+        self.channels: int | None = getattr(getattr(denoiser, "config", None), "in_channels", None)
         self.layers = [Layer(name, self) for name, _ in attentions(denoiser)]
         for layer, (_, module) in zip(self.layers, attentions(denoiser), strict=True):
             hooks.wrap(module, "forward", layer.around)
@@ -228,7 +230,9 @@ class Plug:
         arguments = denoiser_arguments(self.denoiser, args, kwargs)
         branch = request.branch if request.branch is not None else branch_of(request, self, arguments)
         steps = request.state((self, "steps", branch), lambda: [0])
-        moment = Moment(request, (self, branch), steps[0], step_count(request.pipe), *_described(arguments))
+        moment = Moment(
+            request, (self, branch), steps[0], step_count(request.pipe), *_described(arguments, self.channels)
+        )
         now = request.state((self, "now"), dict)
         outer = now.get("moment")
         now["moment"] = moment
@@ -266,18 +270,16 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def _described(arguments: dict[str, Any]) -> tuple[float, tuple[int, ...], Tensor | None]:
-    """Timestep, shape of the latents, and places of the tokens where ids are given."""
+def _described(arguments: dict[str, Any], channels: int | None) -> tuple[float, Grid | None, Tensor | None]:
+    """Timestep, grid of the latents, and places of the tokens where ids are given."""
     timestep = next((arguments[name] for name in ("timestep", "timesteps", "t") if name in arguments), 0.0)
     if isinstance(timestep, Tensor):
         timestep = float(timestep.flatten()[0])
-    latents = next((arguments[name] for name in ("hidden_states", "sample", "x") if name in arguments), None)
-    shape = tuple(latents.shape) if isinstance(latents, Tensor) else ()
     ids = arguments.get("img_ids")
     places = None
     if isinstance(ids, Tensor) and ids.shape[-1] >= 3:
         places = ids.reshape(-1, ids.shape[-1])[: ids.shape[-2], :3].float()
-    return float(timestep), shape, places
+    return float(timestep), latent_grid(arguments, channels), places
 
 
 @torch.library.custom_op("fastdiff::attention", mutates_args=())

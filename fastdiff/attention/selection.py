@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastdiff.attention.grid import orders, raster, token_grid
 from fastdiff.attention.plug import Call
 from fastdiff_kernels.attention import Selection, blocks_in
 from fastdiff_kernels.quantise.reference import pooled
@@ -157,17 +158,15 @@ def places(call: Call) -> tuple[Tensor, Tensor]:
     if moment.places is not None and len(moment.places) <= tokens:
         extra = tokens - len(moment.places)
         return torch.cat([torch.zeros(extra, 3), moment.places.cpu()]), torch.arange(tokens) < extra
-    if len(moment.shape) not in (4, 5):
-        raise ValueError(f"latents {list(moment.shape)} do not say where {tokens} tokens lie; select by 'mass'")
-    frames = moment.shape[2] if len(moment.shape) == 5 else 1
-    for level in range(8):
-        height, width = (max(1, -(-side >> level)) for side in moment.shape[-2:])
-        inside = frames * height * width
-        if inside <= tokens:
-            axes = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
-            grid = torch.stack(axes, -1).reshape(-1, 3).float()
-            return torch.cat([grid, torch.zeros(tokens - inside, 3)]), torch.arange(tokens) >= inside
-    raise ValueError(f"{tokens} tokens match no level of latents {list(moment.shape)}; select by 'mass'")
+    grid = token_grid(moment.latents, tokens, words=True) if moment.latents else None
+    if grid is None:
+        raise ValueError(f"latents {moment.latents} do not say where {tokens} tokens lie; select by 'mass'")
+    where = raster(grid)
+    order = orders(moment.request).get(grid)
+    if order is not None:
+        where = where[order.cpu()]
+    extra = tokens - len(where)
+    return torch.cat([where, torch.zeros(extra, 3)]), torch.arange(tokens) >= len(where)
 
 
 def _centres(where: Tensor, words: Tensor, block: int) -> tuple[Tensor, Tensor]:
