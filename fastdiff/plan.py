@@ -14,12 +14,17 @@ PRESETS = ("exact", "balanced", "fast")
 
 MEMBERS = {
     "Precision": "fastdiff.runtime.precision",
+    "FewStep": "fastdiff.distillation.few_step",
     "TinyDecoder": "fastdiff.runtime.tiny_decoder",
+    "W8A8": "fastdiff.quantization.w8a8",
+    "StoredWeights": "fastdiff.quantization.stored",
+    "LayerPrecision": "fastdiff.quantization.layer_precision",
     "SparseAttention": "fastdiff.attention.sparse",
     "SparseLinear": "fastdiff.attention.linear",
     "TokenOrder": "fastdiff.attention.order",
     "Forecast": "fastdiff.caching.forecast",
     "DiffusersCache": "fastdiff.caching.diffusers_cache",
+    "GuidanceAdapter": "fastdiff.distillation.adapters",
     "PromptCache": "fastdiff.runtime.prompt_cache",
     "TiledInference": "fastdiff.runtime.tiles",
     "NoiseShift": "fastdiff.sampling.noise_shift",
@@ -56,6 +61,7 @@ class Plan:
         accelerations: in the order of their stages (`fastdiff.acceleration.STAGES`), no kind twice.
         name: the name of the preset this is, if it is one. A preset leaves out, and reports, members that cannot act
             on a model; in a plan made by hand such a member is an error.
+        tuned: what the plan was tuned on (`fastdiff.planning.provenance.Provenance`), when a planner made it.
 
     Raises:
         PlanError: wrong order (the right one is printed), a kind twice, or two that cannot work together.
@@ -63,6 +69,7 @@ class Plan:
 
     accelerations: Sequence[Acceleration] = ()
     name: str = ""
+    tuned: Any = None
 
     def __post_init__(self):
         accelerations: Any = self.accelerations
@@ -130,7 +137,9 @@ class Plan:
         """Return the plan as JSON text; `from_json` gives an equal plan back."""
         rows = [{"kind": type(one).__name__, **one.settings()} for one in self.accelerations]
         try:
-            return json.dumps({"schema": SCHEMA, "preset": self.name, "accelerations": rows}, indent=2, allow_nan=False)
+            tuned = {"tuned": self.tuned.as_json()} if self.tuned else {}
+            whole = {"schema": SCHEMA, "preset": self.name, "accelerations": rows, **tuned}
+            return json.dumps(whole, indent=2, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise PlanError(f"this plan holds something a file cannot hold ({error}); use a path or a name") from error
 
@@ -152,11 +161,13 @@ class Plan:
                 f"this plan has schema {data.get('schema')!r} and this fastdiff reads schema {SCHEMA}; "
                 "upgrade fastdiff, or write the plan again with this version"
             )
-        unknown = set(data) - {"schema", "preset", "accelerations"}
+        unknown = set(data) - {"schema", "preset", "accelerations", "tuned"}
         if unknown:
-            raise PlanError(f"unknown key {sorted(unknown)[0]!r} in the plan; keys are schema, preset, accelerations")
+            keys = "schema, preset, accelerations, tuned"
+            raise PlanError(f"unknown key {sorted(unknown)[0]!r} in the plan; keys are {keys}")
         try:
-            return cls(tuple(_read(row) for row in data["accelerations"]), name=data.get("preset") or "")
+            tuned = _provenance(data["tuned"]) if "tuned" in data else None
+            return cls(tuple(_read(row) for row in data["accelerations"]), data.get("preset") or "", tuned)
         except PlanError:
             raise
         except (TypeError, ValueError) as error:
@@ -187,6 +198,12 @@ def _read(row: Any) -> Acceleration:
         if key not in known:
             raise PlanError(f"{row['kind']} has no setting {key!r}; its settings are {', '.join(known) or 'none'}")
     return kind(**settings)
+
+
+def _provenance(found: Any) -> Any:
+    from fastdiff.planning.provenance import Provenance
+
+    return Provenance.from_json(found)
 
 
 def _frozen(value: Any) -> Any:

@@ -51,13 +51,21 @@ def generate(
     prompt: str,
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file.")],
     seed: Seed = 0,
-    steps: Steps = 25,
-    guidance: Guidance = 5.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; 25, or what a published few-step model was made for.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale, 1 is none; 5, or what a few-step model was made for.")
+    ] = None,
     size: Size = None,
     negative: Negative = "",
     image: Annotated[Path | None, typer.Option(help="Start from this picture (image to image).")] = None,
     strength: Annotated[float, typer.Option(help="With --image: how much may change, above 0 up to 1.")] = 0.5,
     model: Model = None,
+    lora: Annotated[str | None, typer.Option(help="A LoRA: a file, a folder, or a hub id (owner/model/file).")] = None,
+    recipe: Annotated[
+        str, typer.Option(help="auto, none, or how a published few-step model runs, such as LCM-LoRA.")
+    ] = "auto",
     plan: PlanOption = None,
     compile: Compile = None,
     strict: Strict = False,
@@ -67,8 +75,8 @@ def generate(
     from fastdiff_app.generate import Settings
     from fastdiff_app.generate import generate as run
 
-    settings = Settings(prompt, negative, seed, steps, guidance, images.parse_size(size), image, strength)
-    run(settings, output, model, plan, compile, strict)
+    settings = Settings(prompt, negative, seed, steps, guidance, images.parse_size(size), image, strength, recipe)
+    run(settings, output, model, plan, compile, strict, lora)
 
 
 @app.command()
@@ -98,7 +106,7 @@ def stream(
     source: Annotated[
         str | None, typer.Option(help="Live: camera, camera:1, screen, a URL, a file, a folder, or - (raw frames).")
     ] = None,
-    sink: Annotated[str, typer.Option(help="Live: a file, a folder, an RTMP or SRT URL, virtual, or -.")] = "-",
+    sink: Annotated[str, typer.Option(help="Live: a file, a folder, an RTMP or SRT URL, window, virtual, or -.")] = "-",
     fps: Annotated[float, typer.Option(help="Live: pace of files and folders, and of the sink.")] = 30.0,
     seconds: Annotated[float | None, typer.Option(help="Live: end after so long.")] = None,
     target_ms: Annotated[float | None, typer.Option(help="Live: age of pictures to keep.")] = None,
@@ -273,25 +281,39 @@ def doctor(model: Model = None) -> None:
 @app.command()
 def distill(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a killed run in it goes on.")],
-    method: Annotated[str, typer.Option(help="phased, lcm or tcd.")] = "phased",
-    nfe: Annotated[int, typer.Option(min=1, max=50, help="Steps the student shall take (phased).")] = 4,
+    method: Annotated[
+        str, typer.Option(help="phased, lcm, tcd, splam, scm, dmd, mmd, ict, agd (guidance in one forward) or koala.")
+    ] = "phased",
+    nfe: Annotated[int, typer.Option(min=1, max=50, help="Steps the student shall take (phased, dmd, mmd).")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     rank: Annotated[int, typer.Option(min=0, help="Of the LoRA; 0 trains the whole denoiser.")] = 16,
     learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     guidance: Annotated[float, typer.Option(help="The teacher's, which goes into the student.")] = 5.0,
+    start: Annotated[Path | None, typer.Option(help="A student's folder, to begin with its LoRA.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="A student's folder, to learn from in the model's place.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=0, help="With koala: transformer layers of a UNet to keep.")] = 0,
+    blocks: Annotated[
+        str, typer.Option(help="With koala: numbers of a transformer's blocks to keep, as in 0,2,3.")
+    ] = "",
     prompts: Annotated[
-        Path | None, typer.Option(help="A file, a prompt a line; the embedded model needs none.")
+        Path | None, typer.Option(help="A file, a prompt a line; the embedded models need none.")
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="How many of the teacher's pictures to learn from.")] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     model: Model = None,
 ) -> None:
-    """Train a few-step student of a model: a LoRA that needs no guidance."""
+    """Train a faster student of a model: few steps, guidance in one forward, or fewer layers."""
+    from fastdiff_app.distill import Task
     from fastdiff_app.distill import distill as run
 
-    training = dict(steps=steps, batch=batch_size, rank=rank, learning_rate=learning_rate, seed=seed)
-    run(output, method, prompts, model, nfe, training, guidance, pictures)
+    adapter = {"rank": 0, "adapter": 48} if method == "agd" else {"rank": 0 if method == "koala" else rank}
+    training = dict(steps=steps, batch=batch_size, learning_rate=learning_rate, seed=seed, precision=precision)
+    task = Task(method, nfe, guidance, start, teacher, layers, blocks)
+    run(output, task, prompts, model, training | adapter, pictures)
 
 
 @app.command()

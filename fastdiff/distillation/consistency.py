@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastdiff.distillation.networks import Batch, Levels, Network, Networks, ddim, guided, pseudo_huber
 from fastdiff.distillation.objective import Objective, check_range, grid_levels
+from fastdiff.sampling import algebra
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,49 @@ class TrajectoryConsistency(LatentConsistency):
             target = leap(networks.levels, reached, output, following, to)
         output = networks.student(x, level, batch.condition)
         return pseudo_huber(leap(networks.levels, x, output, level, to) - target, self.huber)
+
+
+@dataclass(frozen=True)
+class SubPathLinear(LatentConsistency):
+    """SPLAM (https://arxiv.org/abs/2407.04029): consistency along the chord between two points of the trajectory.
+
+    A point ``g`` of the way up the chord has the signal of its noisy end and a noise between both, so scaled to the
+    schedule it is a state of some level between them. The student is told that level; the paper's network is told
+    ``g`` by an embedding of its own, which a pretrained denoiser does not have.
+    """
+
+    def loss(self, networks: Networks, batch: Batch, helpers: nn.ModuleDict) -> Tensor:
+        levels = networks.levels
+        x, level, reached, following = self.step(networks, batch)
+        with torch.no_grad():
+            target = consistent(levels, networks.average, reached, following, batch)
+        state, between, signal, noise = chord(levels, x, level, reached, following, batch.uniform().to(x.device))
+        output = networks.student(state, between, batch.condition)
+        clean, _ = algebra.estimates(levels.prediction, state, output, signal, noise)
+        skip, out = (value.view(-1, *[1] * (x.ndim - 1)).to(x) for value in boundary(between))
+        return pseudo_huber(skip * state + out * clean - target, self.huber)
+
+
+def chord(
+    levels: Levels, x: Tensor, level: Tensor, reached: Tensor, following: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(state, level, signal, noise)`` of the point ``share`` ``[B]`` of the way from ``reached`` up to ``x``.
+
+    The state is scaled to the schedule; the level may lie between two.
+    """
+    share = share.view(-1, *[1] * (x.ndim - 1))
+    signal, noise = levels.at(level, x)
+    end_signal, end_noise = levels.at(following, x)
+    # a flow's trajectory is straight, so its chord needs no scaling; else the clean end is brought to one signal
+    ratio = torch.ones_like(signal) if levels.is_flow else signal / end_signal
+    state = share * x + (1 - share) * ratio * reached
+    # both ends are of one trajectory, so noise adds in a straight line; the paper adds variances, as if the two had
+    # nothing in common, which at both ends is the same and in between leaves the schedule
+    signal = share * signal + (1 - share) * ratio * end_signal
+    noise = share * noise + (1 - share) * ratio * end_noise
+    size = signal + noise if levels.is_flow else (signal**2 + noise**2).sqrt()
+    between = levels.level_of((noise / signal).flatten())
+    return state / size, between, signal / size, noise / size
 
 
 def consistent(levels: Levels, network: Network, x: Tensor, level: Tensor, batch: Batch) -> Tensor:

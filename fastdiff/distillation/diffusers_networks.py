@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.acceleration import Unsupported
-from fastdiff.anatomy import anatomy
+from fastdiff.anatomy import anatomy, forward_names
 from fastdiff.distillation.networks import Condition, Levels, Network
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -26,7 +26,7 @@ LORA_TARGETS = (
 
 def as_network(module: nn.Module, levels: Levels) -> Network:
     """``net(x, level, condition)`` around a UNet's or transformer's forward."""
-    first = "sample" if "UNet" in type(module).__name__ else "hidden_states"
+    first = _first(module)
 
     def network(x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         return module(**{first: x, "timestep": levels.told(level)}, **condition, return_dict=False)[0]
@@ -36,13 +36,18 @@ def as_network(module: nn.Module, levels: Levels) -> Network:
 
 def averaged(module: nn.Module, levels: Levels, values: dict[str, Tensor]) -> Network:
     """The same network with other values for some of its parameters, which may change between calls."""
-    first = "sample" if "UNet" in type(module).__name__ else "hidden_states"
+    first = _first(module)
 
     def network(x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         arguments = {first: x, "timestep": levels.told(level), **condition, "return_dict": False}
         return torch.func.functional_call(module, values, (), arguments)[0]
 
     return network
+
+
+def _first(module: nn.Module) -> str:
+    """The name of the denoiser's first argument."""
+    return forward_names(module.base[0] if hasattr(module, "base") else module)[0]
 
 
 def encoder(pipe: Any) -> Callable[[Sequence[str]], Condition]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.sampling import algebra, schedule
 
@@ -81,6 +81,16 @@ class Levels:
         ratio = next_noise / noise
         return (target - ratio * x) / (next_signal - ratio * signal)
 
+    def level_of(self, ratio: Tensor) -> Tensor:
+        """The level, whole or between two, at which noise / signal is ``ratio`` ``[B]``; float64, 1 at the least."""
+        if self.is_flow:
+            return (self.last / (1 + 1 / ratio.double())).clamp(1e-3, self.last)
+        table = (self.noise[1:] / self.signal[1:]).log().to(ratio.device)
+        wanted = ratio.double().clamp(min=1e-12).log().clamp(table[0], table[-1])
+        right = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
+        low, high = table[right - 1], table[right]
+        return right + (wanted - low) / (high - low)
+
     def velocity(self, x: Tensor, clean: Tensor, level: Tensor) -> Tensor:
         """The velocity (v of VP, or of a flow) of a state and its clean estimate: the scale in which losses compare."""
         signal, noise = self.at(level, x)
@@ -124,12 +134,19 @@ class Batch:
 
 @dataclass
 class Networks:
-    """The networks of a run: ``student`` learns, ``teacher`` is fixed, ``average`` is the student's moving average."""
+    """The networks of a run: ``student`` learns, ``teacher`` is fixed, ``average`` is the student's moving average.
+
+    Attributes:
+        fresh: makes another trainable copy of the teacher: the module, and the network it is.
+        modules: the student's and the teacher's modules, for losses that look inside.
+    """
 
     levels: Levels
     student: Network
     teacher: Network
     average: Network
+    fresh: Callable[[], tuple[nn.Module, Network]] | None = None
+    modules: tuple[nn.Module, nn.Module] | None = None
 
 
 def guided(network: Network, x: Tensor, level: Tensor, batch: Batch, scale: Tensor | float) -> Tensor:
@@ -152,3 +169,22 @@ def ddim(levels: Levels, x: Tensor, output: Tensor, level: Tensor, to: Tensor) -
 def pseudo_huber(error: Tensor, c: float) -> Tensor:
     """``sqrt(error² + c²) - c``, averaged (improved consistency training, https://arxiv.org/abs/2310.14189)."""
     return ((error.square() + c * c).sqrt() - c).mean()
+
+
+def trigflow(levels: Levels, network: Network) -> Network:
+    """A network as TrigFlow's ``F(x, angle, condition)`` (https://arxiv.org/abs/2503.09641, section 3.1).
+
+    ``x = cos(angle) clean + sin(angle) eps`` for latents of unit deviation, ``F`` its derivative by the angle. Exact
+    for every parameterisation, so a pretrained flow or VP network needs no training to be called like this.
+    """
+
+    def called(x: Tensor, angle: Tensor, condition: Condition) -> Tensor:
+        shape = (-1, *[1] * (x.ndim - 1))
+        signal, noise = torch.cos(angle).to(x).view(shape), torch.sin(angle).to(x).view(shape)
+        scale = 1 / (signal + noise) if levels.is_flow else torch.ones_like(signal)
+        level = levels.level_of(torch.tan(angle))
+        output = network(x * scale, level, condition)
+        clean, eps = algebra.estimates(levels.prediction, x * scale, output, signal * scale, noise * scale)
+        return signal * eps - noise * clean
+
+    return called

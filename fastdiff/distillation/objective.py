@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ class Objective:
     """A loss, its settings checked on construction; it keeps no state of its own.
 
     A loss that trains networks beside the student (a critic, a discriminator) makes them in `helpers`; the trainer
-    keeps them, optimises them with `helper_loss`, and hands them to both calls.
+    keeps them, optimises them `helper_steps` times a step with `helper_loss`, and hands them to both calls.
     """
+
+    helper_steps: ClassVar[int] = 1
 
     def helpers(self, networks: Networks, example: Batch) -> nn.ModuleDict:
         """Networks to train beside the student; none by default."""

@@ -1,17 +1,21 @@
-"""What a distillation leaves: a LoRA file (or a denoiser) as diffusers loads it, how to sample from it, and a card."""
+"""What a distillation leaves: a LoRA file (adapters, or a denoiser), how to sample from it, and a card."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdiff.anatomy import anatomy
+from fastdiff.distillation import adapters, shelf
+from fastdiff.distillation.diffusers_networks import LORA_FILE
 from fastdiff.distillation.objective import Objective
 from fastdiff.distillation.phased import Phased
+from fastdiff.sampling import schedule
 
 CARD = """---
 license: apache-2.0
@@ -24,21 +28,25 @@ Distilled with `{objective}` and `{settings}`. {how}
 """
 
 
-def timesteps_of(objective: Objective) -> dict[str, list[int]]:
-    """The timesteps a student was trained to be called at, noisy to clean, for each number of steps."""
+def levels_of(objective: Objective) -> dict[str, list[int]]:
+    """The levels a student was trained to be called at, noisy to clean, for each number of steps."""
     if not isinstance(objective, Phased):
         return {}
     if not objective.also:
-        return {str(len(objective.edges) - 1): [level - 1 for level in reversed(objective.edges[1:])]}
+        return {str(len(objective.edges) - 1): list(reversed(objective.edges[1:]))}
     places = sorted({*objective.edges[1:], *objective.also}, reverse=True)
-    return {str(count): [level - 1 for level in places[:count]] for count in range(1, len(places) + 1)}
+    return {str(count): places[:count] for count in range(1, len(places) + 1)}
 
 
 def write(folder: Path, student: nn.Module, teacher: Any, objective: Objective, settings: Any) -> None:
-    """Write a trained student (a LoRA file, or a denoiser's folder), ``student.json`` and a card."""
+    """Write a trained student (a LoRA file, adapters, or a denoiser's folder), ``student.json`` and a card."""
     part: Any = student
-    name = next(key for key, value in teacher.components.items() if value is anatomy(teacher).denoiser)
-    if settings.rank:
+    denoiser = anatomy(teacher).denoiser
+    name = next(key for key, value in teacher.components.items() if value is denoiser)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(student, adapters.Guided):
+        adapters.save(folder, student.adapters)
+    elif hasattr(part, "peft_config"):
         from peft import get_peft_model_state_dict
 
         # peft's own names: in those that diffusers' scripts write, its loader does not find the attention layers of
@@ -48,16 +56,28 @@ def write(folder: Path, student: nn.Module, teacher: Any, objective: Objective, 
         teacher.save_lora_weights(str(folder), **{f"{name}_lora_layers": layers})
     else:
         part.save_pretrained(folder / name)
-    sampler = "tcd" if isinstance(objective, Phased) and not objective.also else "lcm"
-    sampling = {"sampler": sampler, "gamma": 0.0, "timesteps": timesteps_of(objective), "guidance_scale": 1.0}
+    hops = isinstance(objective, Phased) and not objective.also
+    sampling: dict[str, Any] = {"teacher": shelf.fingerprint(denoiser)}
+    if not isinstance(student, adapters.Guided):
+        sampling |= {"sampler": "phased" if hops else "consistency", "levels": levels_of(objective)}
+        sampling["guidance_scale"] = 1.0
     (folder / "student.json").write_text(json.dumps(sampling, indent=2) + "\n")
     how = "Sample it as `student.json` says: guidance is in the weights, so the scale is 1 and a step is one call."
+    if isinstance(student, adapters.Guided):
+        how = "Adapters for `fastdiff.distillation.adapters.GuidanceAdapter`, over the denoiser as it is."
     text = CARD.format(teacher=type(teacher).__name__, objective=objective, settings=settings, how=how)
     (folder / "README.md").write_text(text)
 
 
+def lora_of(folder: Path) -> dict[str, Tensor]:
+    """The layers of a student's LoRA by peft's names within the denoiser."""
+    from safetensors.torch import load_file
+
+    return {name.split(".", 1)[1]: value for name, value in load_file(folder / LORA_FILE).items()}
+
+
 def sampling_of(folder: Path) -> dict[str, Any]:
-    """How to sample from a student: sampler, gamma, timesteps, guidance_scale.
+    """How to sample from a student: sampler, levels, guidance_scale.
 
     Raises:
         FileNotFoundError: the folder holds no student.
@@ -68,23 +88,48 @@ def sampling_of(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def scheduler_of(folder: Path, config: Any, steps: int | None = None) -> tuple[Any, list[int]]:
-    """diffusers' scheduler for a student of a model with scheduler ``config``, and the timesteps to hand to a call.
+def scheduler_of(folder: Path, config: Any) -> Any:
+    """diffusers' scheduler for a student of a model with the scheduler configuration ``config``.
 
-    Args:
-        steps: how many; None takes the most it was trained for. Without timesteps of its own a student takes any.
+    Phased students take deterministic steps (Euler for a flow; TCD, whose gamma must be 0, otherwise), the others
+    go to the clean sample and add noise again (LCM).
 
     Raises:
         FileNotFoundError: the folder holds no student.
-        ValueError: the student was not trained for that many steps.
     """
-    from diffusers import LCMScheduler, TCDScheduler
+    import diffusers
 
     sampling = sampling_of(folder)
-    known = sampling["timesteps"]
-    wanted = str(steps) if steps is not None else max(known, key=int, default="")
-    if known and wanted not in known:
-        raise ValueError(f"this student takes {' or '.join(sorted(known, key=int))} steps, not {steps}")
-    kind = TCDScheduler if sampling["sampler"] == "tcd" else LCMScheduler
+    hops = sampling["sampler"] == "phased"
+    if schedule.is_flow(config):
+        kind = diffusers.FlowMatchEulerDiscreteScheduler if hops else diffusers.FlowMatchLCMScheduler
+        return kind(num_train_timesteps=config["num_train_timesteps"], shift=1.0)
     kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "trained_betas"}
-    return kind(**{name: config[name] for name in kept if name in config}), known.get(wanted, [])
+    kind = diffusers.TCDScheduler if hops else diffusers.LCMScheduler
+    # the grid these schedulers warn of leaving is the student's own
+    grid = {"original_inference_steps": max(map(int, sampling["levels"]))} if sampling["levels"] else {}
+    return kind(**{name: config[name] for name in kept if name in config}, **grid)
+
+
+def steps_of(folder: Path, config: Any, steps: int | None, takes: Container[str]) -> dict[str, Any]:
+    """What to hand to a call of the pipeline: ``timesteps`` or ``sigmas``, or the number where any will do.
+
+    Args:
+        steps: how many; None takes the most the student was trained for.
+        takes: names the pipeline's call knows.
+
+    Raises:
+        ValueError: the student was not trained for that many steps.
+    """
+    known = sampling_of(folder)["levels"]
+    if not known:
+        return {"num_inference_steps": steps or 4}
+    wanted = max(known, key=int) if steps is None else str(steps)
+    if wanted not in known:
+        raise ValueError(f"this student takes {' or '.join(sorted(known, key=int))} steps, not {steps}")
+    levels = known[wanted]
+    given: dict[str, Any] = {"num_inference_steps": len(levels)}
+    if schedule.is_flow(config):
+        return given | {"sigmas": [level / config["num_train_timesteps"] for level in levels]}
+    given |= {"timesteps": [level - 1 for level in levels]}
+    return given | ({"eta": 0.0} if "eta" in takes else {})

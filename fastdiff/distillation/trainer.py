@@ -7,6 +7,8 @@ one would have, bit for bit on a CPU. accelerate knows the devices: alone this r
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +21,12 @@ from torch import Tensor, nn
 
 from fastdiff.acceleration import check_number
 from fastdiff.anatomy import anatomy
-from fastdiff.distillation import students
+from fastdiff.distillation import sheet, students
+from fastdiff.distillation.adapters import Adapters, Guided
 from fastdiff.distillation.diffusers_networks import as_network, averaged, encoder, student_of
-from fastdiff.distillation.networks import Batch, Levels, Networks
+from fastdiff.distillation.networks import Batch, Levels, Network, Networks
 from fastdiff.distillation.objective import Objective
+from fastdiff.miniature.source import WorldSource
 
 
 class Source(Protocol):
@@ -45,6 +49,7 @@ class Settings:
         batch: samples a step and process; ``accumulate`` of them add up to one optimizer step.
         learning_rate: of AdamW, after ``warmup`` steps and until the last fifth, in which it falls to zero.
         rank: of the student's LoRA; 0 trains the whole denoiser.
+        adapter: width of guidance adapters to train in the place of a LoRA; 0 for none.
         average: decay of the moving average, which is what is kept.
         clip: norm to which gradients are clipped.
         seed: of everything random.
@@ -58,6 +63,7 @@ class Settings:
     learning_rate: float = 1e-4
     warmup: int = 50
     rank: int = 16
+    adapter: int = 0
     average: float = 0.99
     clip: float = 1.0
     seed: int = 0
@@ -67,7 +73,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "save_every"):
             check_number("Settings", name, getattr(self, name), low=1, whole=True)
-        for name in ("rank", "warmup", "seed"):
+        for name in ("rank", "adapter", "warmup", "seed"):
             check_number("Settings", name, getattr(self, name), low=0, whole=True)
         check_number("Settings", "average", self.average, low=0, high=1)
 
@@ -86,8 +92,11 @@ def distil(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     start: Path | None = None,
     teacher: Path | None = None,
+    student: nn.Module | None = None,
 ) -> Path:
     """Train to the end and write the student into ``folder``: a LoRA file diffusers loads, or a whole denoiser.
+
+    ``log.jsonl`` there has a line a step, and ``samples.png`` shows what the student drew at the last checkpoint.
 
     Args:
         pipe: the teacher, unchanged by this.
@@ -95,16 +104,19 @@ def distil(
         on_step: called on the first process with the number of the step done and its loss.
         start: a student of ``pipe`` of the same rank, whose LoRA this one begins with.
         teacher: a student of ``pipe`` of the same rank, to learn from in its place.
+        student: a denoiser to train as a whole, such as `compression.prune` makes, in the place of a copy or LoRA.
 
     Raises:
         ValueError: the folder holds another run's checkpoint.
         RuntimeError: the loss is not finite; the last checkpoint is kept.
     """
-    run = _Run(pipe, objective, source, settings, folder, start, teacher)
+    run = _Run(pipe, objective, source, settings, folder, start, teacher, student)
     first = run.restore()
+    log = _Log(folder / "log.jsonl", first) if run.accelerator.is_main_process else None
     for step in range(first, settings.steps):
         loss = run.step(step)
-        if run.accelerator.is_main_process:
+        if log is not None:
+            log.write(step, loss, settings.rate(step))
             on_step(step, loss)
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             run.save(step + 1)
@@ -127,6 +139,7 @@ class _Run:
         folder: Path,
         start: Path | None,
         teacher: Path | None,
+        student: nn.Module | None,
     ):
         from accelerate import Accelerator
 
@@ -136,7 +149,14 @@ class _Run:
         self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=device.type == "cpu")
         self.device = device
         levels = Levels.of(pipe.scheduler)
-        self.student = student_of(parts.denoiser, settings.rank, settings.seed, start).train()
+        self.student: nn.Module
+        if student is not None:
+            self.student = copy.deepcopy(student).requires_grad_(True).train()
+        elif settings.adapter:
+            own = copy.deepcopy(parts.denoiser)
+            self.student = Guided(own, Adapters.of(own, settings.adapter, seed=settings.seed)).to(device)
+        else:
+            self.student = student_of(parts.denoiser, settings.rank, settings.seed, start).train()
         taught: Any = (
             parts.denoiser if teacher is None else student_of(parts.denoiser, settings.rank, 0, teacher).eval()
         )
@@ -147,12 +167,24 @@ class _Run:
             as_network(self.student, levels),
             as_network(taught, levels),
             averaged(self.student, levels, self.average),
+            lambda: self._fresh(taught, levels),
+            (self.student, taught),
         )
-        self.encode = encoder(pipe)
-        self.helpers = objective.helpers(self.networks, self._batch(0, 0))
+        self.encode, self.pipe = encoder(pipe), pipe
+        example = self._batch(0, 0)
+        self.shape = example.clean.shape[1:]
+        # the source's own captions where they are not of the embedded world
+        own = [words for words in source.take(0, 0, settings.batch)[1] if words]
+        self.captions = list(sheet.CAPTIONS if isinstance(source, WorldSource) or not own else own[:8])
+        self.helpers = objective.helpers(self.networks, example)
         self.optimizers = [_adam(self.trained.values(), settings)]
-        if list(self.helpers.parameters()):
-            self.optimizers.append(_adam(self.helpers.parameters(), settings))
+        helping = [value for value in self.helpers.parameters() if value.requires_grad]
+        if helping:
+            self.optimizers.append(_adam(helping, settings))
+
+    def _fresh(self, teacher: nn.Module, levels: Levels) -> tuple[nn.Module, Network]:
+        made = student_of(teacher, self.settings.rank or 16, self.settings.seed + 1).to(self.device)
+        return made, as_network(made, levels)
 
     def _batch(self, step: int, part: int) -> Batch:
         index = step * self.settings.accumulate + part
@@ -163,8 +195,8 @@ class _Run:
     def step(self, step: int) -> float:
         """One optimizer step of the student, after one of the helpers where there are any; the student's mean loss."""
         batches = [self._batch(step, part) for part in range(self.settings.accumulate)]
-        if self.helpers:
-            self._descend(step, 1, list(self.helpers.parameters()), batches, self.objective.helper_loss)
+        for _ in range(self.objective.helper_steps if self.helpers else 0):
+            self._descend(step, 1, self.optimizers[1].param_groups[0]["params"], batches, self.objective.helper_loss)
         loss = self._descend(step, 0, list(self.trained.values()), batches, self.objective.loss)
         decay = min(self.settings.average, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -218,6 +250,18 @@ class _Run:
         partial = self._checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, self._checkpoint)
+        self._draw()
+
+    def _draw(self) -> None:
+        """The contact sheet of the student's moving average."""
+        condition = dict(self.encode(self.captions))
+        if isinstance(self.student, Guided):
+            condition["guidance_scale"] = torch.full((len(self.captions),), 5.0, device=self.device)
+        noise = torch.randn((len(self.captions), *self.shape), generator=torch.Generator().manual_seed(0))
+        places, hops = sheet.places_of(self.objective, students.levels_of(self.objective), self.networks.levels)
+        network = self.networks.average
+        made = sheet.sample(network, self.networks.levels, places, hops, noise.to(self.device), condition)
+        sheet.draw(self.folder / "samples.png", self.pipe, made)
 
     @torch.no_grad()
     def restore(self) -> int:
@@ -245,6 +289,20 @@ class _Run:
 
 def _adam(parameters: Any, settings: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(list(parameters), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+class _Log:
+    """A line of JSON a step; a resumed run takes back the lines that its checkpoint does not know."""
+
+    def __init__(self, path: Path, first: int):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_text("utf-8").splitlines(keepends=True)[:first] if path.exists() else []
+        path.write_text("".join(kept), "utf-8")
+
+    def write(self, step: int, loss: float, rate: float) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "loss": loss, "learning_rate": rate}) + "\n")
 
 
 class Clock:

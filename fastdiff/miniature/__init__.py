@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
+MODELS = ("mini-sd", "mini-dit")
+"""The models that ship: a UNet on Stable Diffusion's schedule, and a flow shaped like Stable Diffusion 3."""
+
+
 def path(name: str = "mini-sd") -> Path:
     """Folder of an embedded model; see `weights.path`."""
     from .weights import path

@@ -15,7 +15,7 @@ from fastdiff.distillation.consistency import LatentConsistency
 from fastdiff.distillation.diffusers_networks import student_of
 from fastdiff.distillation.objective import Objective
 from fastdiff.distillation.phased import Phased
-from fastdiff.distillation.students import sampling_of, scheduler_of
+from fastdiff.distillation.students import sampling_of, scheduler_of, steps_of
 from fastdiff.distillation.trainer import Clock, Settings, distil
 from fastdiff.miniature import untrained
 from fastdiff.miniature.families import family
@@ -65,9 +65,10 @@ def test_the_teacher_is_left_alone_and_the_student_is_a_lora_diffusers_loads(tmp
     assert all(torch.equal(before[key], value) for key, value in pipe.unet.state_dict().items())
     plain: Any = untrained()
     plain.set_progress_bar_config(disable=True)
-    plain.scheduler, timesteps = scheduler_of(folder, plain.scheduler.config)
-    assert list(timesteps) == [999, 749, 499, 249]
-    options = {"timesteps": list(timesteps), "guidance_scale": 1.0, "output_type": "latent", "eta": 0.0}
+    given = steps_of(folder, plain.scheduler.config, None, ("timesteps", "eta"))
+    assert given == {"num_inference_steps": 4, "timesteps": [999, 749, 499, 249], "eta": 0.0}
+    plain.scheduler = scheduler_of(folder, plain.scheduler.config)
+    options = {**given, "guidance_scale": 1.0, "output_type": "latent"}
 
     def draw() -> Tensor:
         return plain("a red circle", generator=torch.Generator().manual_seed(0), **options).images
@@ -108,7 +109,7 @@ def test_a_student_begins_with_another_and_learns_from_it(tmp_path: Path):
 def test_a_whole_denoiser_can_be_trained(tmp_path: Path):
     folder = distil(untrained(), Phased(substeps=1), Noise(), replace(SETTINGS, rank=0, steps=1), tmp_path)
     assert (folder / "unet" / "config.json").exists()
-    assert sampling_of(folder)["sampler"] == "tcd"
+    assert sampling_of(folder)["sampler"] == "phased"
 
 
 def test_another_run_in_the_same_folder_is_refused(tmp_path: Path):

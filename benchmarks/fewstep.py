@@ -1,0 +1,183 @@
+"""`bench fewstep`: the embedded models in few steps, and what each student gave away for it.
+
+Rows for `mini-sd`, and the same ending in `-dit` for `mini-dit`:
+    teacher-25: 25 steps under guidance, the pipeline as it ships.
+    teacher-4: the same with 4 steps, which is what a student has to beat.
+    student-4, student-2, student-1: the shipped students, one call of the denoiser a step.
+    agd-25: 25 steps with the guidance adapter: guidance in one row of the batch.
+    renders: other renders of the same captions; its `mmd2` is the floor of that column.
+
+`attribute` is the mean of background, colour, position, shape and size as the detector reads them, and
+`attribute_difference` that to `teacher-25`, paired by prompt and noise. `mmd2` is to renders of the captions, and
+`mmd2_difference` to `teacher-4` paired by caption. `diversity` is the spread of place, area and colour over many
+pictures of one caption, over the spread the world itself has for it: 1 is a perfect sampler. `nfe` counts conditional
+and unconditional rows. Intervals are 95 %.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastdiff
+from benchmarks.record import Record, Row, could_not_run
+from fastdiff.distillation.adapters import GuidanceAdapter
+from fastdiff.distillation.few_step import FewStep
+from fastdiff.load import LoadError
+from fastdiff.miniature import detector, render, world
+from fastdiff.quality import Interval, mean_interval, paired_difference
+from fastdiff.quality.distribution import features, mmd2, mmd2_difference
+from fastdiff_app.methods import check_finite, to_bytes
+
+NAMES = ("background", "colour", "position", "shape", "size")
+STEPS, GUIDANCE = 25, 5.0
+SEED = 3_000_017
+CAPTIONS, EACH = 12, 16  # for diversity
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to draw.
+
+    Attributes:
+        options: of the pipeline's call.
+        nfe: rows of the denoiser for one picture.
+        member: the acceleration, if any.
+    """
+
+    name: str
+    options: dict[str, Any]
+    nfe: int
+    member: Any = None
+
+
+def contenders(model: str) -> list[Contender]:
+    """The rows of one model, teacher first."""
+    ending = {"mini-sd": "", "mini-dit": "-dit"}[model]
+    guided = {"guidance_scale": GUIDANCE}
+    few = {steps: "four-step" if steps == 4 else "one-step" for steps in (4, 2, 1)}
+    return [
+        Contender(f"teacher-25{ending}", {"num_inference_steps": STEPS, **guided}, 2 * STEPS),
+        Contender(f"teacher-4{ending}", {"num_inference_steps": 4, **guided}, 8),
+        *(
+            Contender(f"student-{steps}{ending}", {"num_inference_steps": steps}, steps, FewStep(few[steps]))
+            for steps in few
+        ),
+        Contender(f"agd-25{ending}", {"num_inference_steps": STEPS, **guided}, STEPS, GuidanceAdapter()),
+    ]
+
+
+def run(full: bool = False, prompts: int = 0, batch: int = 32, models: Sequence[str] = ("mini-sd", "mini-dit")) -> Any:
+    """Runs the benchmark.
+
+    Args:
+        full: four times as many prompts.
+        prompts: how many; 0 chooses.
+    """
+    count = prompts or (1024 if full else 256)
+    rng = np.random.default_rng(SEED)
+    scenes = [world.object_scene(rng) for _ in range(count)]
+    truth = features(_stack([render.render(_again(scene, rng)) for scene in scenes]))
+    other = features(_stack([render.render(_again(scene, rng)) for scene in scenes]))
+    known = _known(rng)
+    record = Record("fewstep")
+    record.rows.append(Row("renders", quality={"mmd2": mmd2(other, truth)}))
+    for model in models:
+        record.rows += _model(model, scenes, truth, known, batch)
+    return record.finish()
+
+
+def _model(model: str, scenes: list[world.Scene], truth: torch.Tensor, known: list, batch: int) -> list[Row]:
+    try:
+        pipe = fastdiff.load(model)
+    except LoadError as error:
+        return [could_not_run(one.name, error) for one in contenders(model)]
+    pipe.set_progress_bar_config(disable=True)
+    rows: list[Row] = []
+    found: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
+    teacher, control, *_ = (one.name for one in contenders(model))
+    for one in contenders(model):
+        try:
+            with fastdiff.accelerate(pipe, [one.member] if one.member else []):
+                row, scores, seen = _row(pipe, one, scenes, known, batch)
+        except (fastdiff.Unsupported, FileNotFoundError) as error:
+            rows.append(could_not_run(one.name, error))
+            continue
+        found[one.name] = scores, seen
+        row.quality["attribute_difference"] = paired_difference(scores, found[teacher][0])
+        row.quality["mmd2"] = mmd2(seen, truth)
+        if control in found and one.name != control:
+            row.quality["mmd2_difference"] = mmd2_difference(seen, found[control][1], truth)
+            row.quality["attribute_to_control"] = paired_difference(scores, found[control][0])
+        rows.append(row)
+    return rows
+
+
+def _row(pipe: Any, one: Contender, scenes: list[world.Scene], known: list, batch: int) -> tuple:
+    """The row of a contender, its mean attribute score for each scene, and the features of its pictures."""
+    captions = [world.caption(scene) for scene in scenes]
+    _draw(pipe, captions[:batch], one, SEED, batch)  # once for nothing: first calls pay for what later ones find ready
+    made, taken = _draw(pipe, captions, one, SEED, batch)
+    read = detector.score(made, scenes)
+    scores = np.stack([read[name] for name in NAMES]).mean(0)
+    row = Row.timed(one.name, taken, nfe=one.nfe, quality={name: mean_interval(read[name]) for name in NAMES})
+    row.quality["attribute"] = mean_interval(scores)
+    row.quality["diversity"] = _diversity(lambda words, seed: _draw(pipe, words, one, seed, batch)[0], known)
+    return row, scores, features(_stack(made))
+
+
+def _draw(
+    pipe: Any, captions: Sequence[str], one: Contender, seed: int, batch: int
+) -> tuple[list[np.ndarray], list[float]]:
+    """Pictures uint8 [H, W, 3], and milliseconds for each; picture i has noise of its own whatever the batch."""
+    pictures: list[np.ndarray] = []
+    taken: list[float] = []
+    for start in range(0, len(captions), batch):
+        some = list(captions[start : start + batch])
+        noise = [torch.Generator().manual_seed(seed + start + index) for index in range(len(some))]
+        began = perf_counter()
+        made = pipe(some, generator=noise, output_type="np", **one.options).images
+        taken += [(perf_counter() - began) * 1000 / len(some)] * len(some)
+        check_finite(made, "a picture")
+        pictures += [to_bytes(picture) for picture in made]
+    return pictures, taken
+
+
+def _again(scene: world.Scene, rng: np.random.Generator) -> world.Scene:
+    """Another scene of the same caption."""
+    thing = scene.things[0]
+    fixed = {"colour": thing.colour, "shape": thing.shape, "size": thing.size, "position": thing.position}
+    return world.object_scene(rng, background=scene.background, texture=scene.texture, **fixed)
+
+
+def _known(rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
+    """Captions, and the spread of each quantity over the world's own pictures of it."""
+    found = []
+    for _ in range(CAPTIONS):
+        scene = world.object_scene(rng)
+        drawn = [detector.measure(render.render(_again(scene, rng))) for _ in range(8 * EACH)]
+        found.append((world.caption(scene), _spread(drawn)))
+    return found
+
+
+def _spread(measured: Sequence[np.ndarray]) -> np.ndarray:
+    """Distance of the quartiles of each quantity: a few pictures of another object altogether do not move it."""
+    low, high = np.nanquantile(measured, [0.25, 0.75], axis=0)
+    return high - low
+
+
+def _diversity(draw: Callable[[list[str], int], list[np.ndarray]], known: list[tuple[str, np.ndarray]]) -> Interval:
+    """Mean over captions and quantities of the spread over the world's; resampled by caption."""
+    ratios = []
+    for number, (caption, spread) in enumerate(known):
+        measured = [detector.measure(picture) for picture in draw([caption] * EACH, SEED + 1000 * (number + 1))]
+        ratios.append(float(np.nanmean(_spread(measured) / spread)))
+    return mean_interval(np.array(ratios))
+
+
+def _stack(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    """Float [B, 3, H, W] in 0..1 of uint8 pictures [H, W, 3]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).double() / 255
