@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 PRESETS = ("exact", "balanced", "fast")
 
 
-def load_pipeline(model: str | None, task: str) -> Any:
+def load_pipeline(model: str | None, task: str, lora: str | None = None, recipe: str = "auto") -> Any:
     """A diffusers pipeline for the embedded model (None), a folder or a hub id, or `Failure`.
 
     Args:
         task: "text-to-image" or "image-to-image".
+        lora, recipe: as of `fastdiff.load`.
     """
     require_torch()
     if not is_installed("diffusers"):
@@ -31,7 +32,7 @@ def load_pipeline(model: str | None, task: str) -> Any:
 
     _quieten()
     try:
-        pipe = fastdiff.load(model, task=task)
+        pipe = fastdiff.load(model, task=task, lora=lora, recipe=recipe)
     except (OSError, ValueError, KeyError, TypeError, ImportError, NotImplementedError, RuntimeError) as error:
         raise Failure(ExitCode.MODEL, f"cannot load {model or 'the embedded model'}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)

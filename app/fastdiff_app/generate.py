@@ -1,10 +1,12 @@
 """`fastdiff generate`: one picture from words, or from words and a picture."""
 
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from fastdiff import published
 from fastdiff_app import images
 from fastdiff_app.console import err
 from fastdiff_app.engine import accelerated, load_pipeline, read_plan
@@ -12,27 +14,40 @@ from fastdiff_app.failures import ExitCode, Failure, one_line
 from fastdiff_app.methods import check_finite, to_bytes
 from fastdiff_app.outputs import check_writable
 
+USUAL_STEPS, USUAL_GUIDANCE = 25, 5.0
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything one picture depends on; `size` is (height, width) or None for the model's own."""
+    """Everything one picture depends on.
+
+    Attributes:
+        steps, guidance: None takes what a published few-step model was made for, 25 and 5 for any other.
+        size: (height, width) or None for the model's own.
+        recipe: as of `fastdiff.load`.
+    """
 
     prompt: str
     negative: str = ""
     seed: int = 0
-    steps: int = 25
-    guidance: float = 5.0
+    steps: int | None = None
+    guidance: float | None = None
     size: tuple[int, int] | None = None
     image: Path | None = None
     strength: float = 0.5
+    recipe: str = "auto"
 
     def __post_init__(self) -> None:
+        steps, guidance = self.steps, self.guidance
         for wrong, what in (
             (not self.prompt.strip(), "the prompt is empty"),
-            (not 1 <= self.steps <= 1000, f"steps must be from 1 to 1000, not {self.steps}"),
-            (not 0 <= self.guidance <= 100, f"guidance must be from 0 to 100, not {self.guidance}"),
+            (steps is not None and not 1 <= steps <= 1000, f"steps must be from 1 to 1000, not {steps}"),
+            (guidance is not None and not 0 <= guidance <= 100, f"guidance must be from 0 to 100, not {guidance}"),
             (not 0 < self.strength <= 1, f"strength must be above 0 and at most 1, not {self.strength}"),
-            (int(self.steps * self.strength) < 1 and self.image is not None, "steps times strength must reach 1"),
+            (
+                self.image is not None and steps is not None and int(steps * self.strength) < 1,
+                "steps times strength must reach 1",
+            ),
             (not 0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}"),
         ):
             if wrong:
@@ -44,8 +59,7 @@ class Settings:
 
         found: dict[str, Any] = {
             "prompt": self.prompt,
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance,
+            **self.course(pipe),
             "generator": torch.Generator("cpu").manual_seed(self.seed),
             "output_type": "np",
         }
@@ -58,6 +72,20 @@ class Settings:
         elif self.size:
             found["height"], found["width"] = self.size
         return found
+
+    def course(self, pipe: Any) -> dict[str, Any]:
+        """The part of `arguments` that is about steps and guidance: the user's, the recipe's, or the usual."""
+        recipe = published.chosen(pipe, self.recipe)
+        if recipe is None:
+            return {
+                "num_inference_steps": USUAL_STEPS if self.steps is None else self.steps,
+                "guidance_scale": USUAL_GUIDANCE if self.guidance is None else self.guidance,
+            }
+        steps = self.steps
+        if steps is None and self.image is not None:
+            # diffusers runs only the last of these, and the model was made for so many that run
+            steps = ceil(recipe.steps / self.strength - 1e-9)
+        return recipe.arguments(pipe, steps, self.guidance)
 
 
 def native_size(pipe: Any) -> tuple[int, int]:
@@ -83,19 +111,29 @@ def picture(pipe: Any, settings: Settings) -> Any:
 
 
 def generate(
-    settings: Settings, output: Path, model: str | None, plan_text: str | None, compile: bool | None, strict: bool
+    settings: Settings,
+    output: Path,
+    model: str | None,
+    plan_text: str | None,
+    compile: bool | None,
+    strict: bool,
+    lora: str | None = None,
 ) -> None:
     """Writes one picture and says on stderr what was engaged."""
     check_writable(output, images.SUFFIXES)
     if settings.image is not None:
         images.read_image(settings.image)
     plan = read_plan(plan_text, compile)
-    pipe = load_pipeline(model, "text-to-image" if settings.image is None else "image-to-image")
+    task = "text-to-image" if settings.image is None else "image-to-image"
+    pipe = load_pipeline(model, task, lora, settings.recipe)
+    course = settings.course(pipe)
     with accelerated(pipe, plan, strict) as handle:
         start = perf_counter()
         made = picture(pipe, settings)
         seconds = perf_counter() - start
         err.print(str(handle.report()), markup=False)
-    about = {"prompt": settings.prompt, "seed": settings.seed, "steps": settings.steps, "guidance": settings.guidance}
-    images.write_image(output, made, about | {"model": model or "mini-sd", "plan": plan.to_json()})
-    err.print(f"{output} in {seconds:.2f} s", markup=False)
+    steps, guidance = course["num_inference_steps"], course["guidance_scale"]
+    about = {"prompt": settings.prompt, "seed": settings.seed, "steps": steps, "guidance": guidance}
+    about |= {"model": model or "mini-sd", "plan": plan.to_json()} | ({} if lora is None else {"lora": lora})
+    images.write_image(output, made, about)
+    err.print(f"{output} in {seconds:.2f} s, {steps} steps, guidance {guidance:g}", markup=False)

@@ -18,6 +18,7 @@ class StreamReport:
         denoiser_calls: calls of the denoiser.
         rows_computed, rows_padded: rows of those calls that served a frame, and rows that only kept the shape.
         encodes, decodes: calls of the autoencoder.
+        warm_starts, steps_saved: frames that began at a later step, from an earlier picture, and steps not taken so.
         padded: whether calls keep one shape.
         shapes: number of different batch shapes the denoiser saw.
         recompiles: graphs built after the first by a compiled denoiser; None when it is not compiled.
@@ -35,6 +36,8 @@ class StreamReport:
     rows_padded: int
     encodes: int
     decodes: int
+    warm_starts: int
+    steps_saved: int
     padded: bool
     shapes: int
     recompiles: int | None
@@ -52,6 +55,8 @@ class StreamReport:
             f"{self.frames_in} frames in, {self.frames_out} out ({self.frames_repeated} repeated), "
             f"{self.frames_lost} lost, {self.frames_in_flight} in flight"
         )
+        if self.warm_starts:
+            frames += f"; {self.warm_starts} started warm and left out {self.steps_saved} steps"
         recompiles = "not compiled" if self.recompiles is None else f"{self.recompiles} recompiles"
         calls = (
             f"{self.denoiser_calls} denoiser calls of {self.rows_computed} rows and {self.rows_padded} padding rows, "

@@ -80,6 +80,7 @@ class Slot:
         number: how many processed frames came before it; fresh noise depends on it.
         step: steps taken, which is the row of its sampler's table that is next.
         latent, reference, past: state, guidance reference and previous clean estimate, ``[1, C, h, w]``.
+        encoded: the latent of the frame itself, None for text-to-image.
         noises: ``[n, C, h, w]``.
         call, row: the last denoiser call it took part in, and its row there.
         source: for a repeated frame, the slot whose picture it shows.
@@ -93,6 +94,7 @@ class Slot:
     step: int = 0
     latent: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     reference: torch.Tensor | None = None
+    encoded: torch.Tensor | None = None
     past: torch.Tensor | None = None
     noises: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     call: Call | None = None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.sampling.warm_start import WarmStart
 from fastdiff_pipelines.denoiser import is_compiled
 from fastdiff_pipelines.flight import Batch
 from fastdiff_pipelines.prepared import Prepared
@@ -23,6 +24,7 @@ from fastdiff_pipelines.session import Session, check_finite
 from fastdiff_pipelines.settings import Settings
 from fastdiff_pipelines.similarity import Similarity, SimilarityFilter
 from fastdiff_pipelines.slots import Output, Slot, Timings
+from fastdiff_pipelines.warm import Warmth
 
 POLICIES = ("finish", "retarget")
 
@@ -45,6 +47,9 @@ class Stream:
         frame_buffer: frames that enter together, 1 or more: higher throughput, later pictures.
         height, width: in pixels, the pipeline's default if None.
         similarity: skip frames that show nothing new: a threshold such as 0.98, or a `Similarity`.
+        warm_start: begin frames that show little new at a later step, from the last finished picture: True, or a
+            `fastdiff.sampling.warm_start.WarmStart`. Fewer rows a call; a padded stream keeps its shape and only
+            answers sooner.
         on_update: what an update does to frames in flight: "finish" lets them keep the settings they came with,
             "retarget" moves them to the new ones where they stand.
         pad: keep every model call at one shape, with unused rows masked out. None pads when the denoiser is compiled;
@@ -78,6 +83,7 @@ class Stream:
         height: int | None = None,
         width: int | None = None,
         similarity: float | Similarity | None = None,
+        warm_start: bool | WarmStart | None = None,
         on_update: str = "finish",
         pad: bool | None = None,
         capacity: int | None = None,
@@ -98,6 +104,7 @@ class Stream:
         rows = frame_buffer * (settings.steps + self._session.prepared.negative_steps)
         self._batch = Batch(self._session.denoiser, capacity or rows, self._padded(), blank)
         self._filter = _filter(similarity)
+        self._warmth = Warmth(_warm(warm_start))
         self._waiting: list[Slot] = []
         self._flying: list[Slot] = []
         self._order: deque[Slot] = deque()
@@ -177,7 +184,7 @@ class Stream:
         yield from self.flush()
 
     def update(self, **changes: Any) -> None:
-        """Change settings live: any of `Settings`, `on_update` and `similarity`. All changes take effect or none.
+        """Change settings live: any of `Settings`, `on_update`, `similarity` and `warm_start`. All take effect or none.
 
         Under "finish" frames pushed from now on get them. Under "retarget" frames in flight are moved too: each goes to
         the step of the new schedule that matches its progress, its clean estimate and noise re-mixed to that level.
@@ -189,6 +196,7 @@ class Stream:
         """
         policy = _policy(changes.pop("on_update", self.on_update))
         skipping = _filter(changes.pop("similarity")) if "similarity" in changes else self._filter
+        warm = _warm(changes.pop("warm_start")) if "warm_start" in changes else self._warmth.settings
         settings = self.settings.changed(**changes)
         with self._session.running():
             prepared = self._session.prepare(settings)
@@ -199,7 +207,7 @@ class Stream:
                     _retarget(slot, prepared)
         self.on_update, self._session.prepared = policy, prepared
         self._batch.padded = self._padded()
-        self._filter = skipping
+        self._filter, self._warmth.settings = skipping, warm
         if self._filter is not None:
             self._filter.reset()
 
@@ -228,6 +236,7 @@ class Stream:
         self._waiting, self._flying, self._held, self._shown = [], [], [], None
         self._order.clear()
         self._processed = 0
+        self._warmth.reset()
         if self._filter is not None:
             self._filter.reset()
 
@@ -246,6 +255,8 @@ class Stream:
             rows_padded=batch.padding,
             encodes=session.encodes,
             decodes=session.decodes,
+            warm_starts=self._warmth.starts,
+            steps_saved=self._warmth.saved,
             padded=batch.padded,
             shapes=len(batch.shapes),
             recompiles=max(0, len(batch.shapes) - 1) if compiled else None,
@@ -282,6 +293,8 @@ class Stream:
         try:
             if entering:
                 self._session.enter(entering, padded_to)
+            for slot in entering:
+                self._warmth.enter(slot)
             started = time.perf_counter()
             self._batch.advance(slots)
         except BaseException:
@@ -320,7 +333,9 @@ class Stream:
                 self._lost += 1
                 continue
             assert slot.origin.pixels is not None
-            if slot.source is not None:
+            if slot.source is None:
+                self._warmth.finished(slot)
+            else:
                 slot.timings.finished = time.perf_counter()
                 self._repeated += 1
             settings = slot.origin.prepared.settings
@@ -343,6 +358,12 @@ def _filter(similarity: float | Similarity | None) -> SimilarityFilter | None:
     if similarity is None:
         return None
     return SimilarityFilter(similarity if isinstance(similarity, Similarity) else Similarity(float(similarity)))
+
+
+def _warm(setting: bool | WarmStart | None) -> WarmStart | None:
+    if isinstance(setting, WarmStart):
+        return setting
+    return WarmStart() if setting else None
 
 
 def _retarget(slot: Slot, prepared: Prepared) -> None:
