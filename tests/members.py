@@ -11,6 +11,9 @@ from fastdiff.attention.order import TokenOrder
 from fastdiff.attention.sparse import SparseAttention
 from fastdiff.caching.diffusers_cache import DiffusersCache
 from fastdiff.caching.forecast import Forecast
+from fastdiff.quantization.layer_precision import LayerPrecision
+from fastdiff.quantization.stored import StoredWeights
+from fastdiff.quantization.w8a8 import W8A8
 from fastdiff.runtime.compile import Compile
 from fastdiff.runtime.precision import Precision
 from fastdiff.runtime.tiles import TiledInference
@@ -46,6 +49,11 @@ EXAMPLES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "bfloat16": lambda pipe: Precision("bfloat16", "contiguous"),
     },
     "TinyDecoder": {"given": _tiny_decoder},
+    "W8A8": {"hadamard": lambda pipe: W8A8(rotate="hadamard", minimum_features=8, path="eager")},
+    "StoredWeights": {"int4": lambda pipe: StoredWeights("int4", minimum_features=8)},
+    "LayerPrecision": {
+        "mixed": lambda pipe: LayerPrecision((("*attn*", "int8"), ("*ff*", "mxfp4")), minimum_features=8),
+    },
     "SparseAttention": {
         "tracked": lambda pipe: SparseAttention(far="tracked", **_SMALL),
         "ratio": lambda pipe: SparseAttention(far="ratio", **_SMALL),

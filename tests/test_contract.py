@@ -215,6 +215,11 @@ def test_exceptions_and_interrupts_leave_nothing_behind(name: str, kind: str, ex
         assert torch.equal(run(pipe), whole)
 
 
+def _rounds(one: Any) -> bool:
+    """True for what rounds as it computes: the last bit of an input then moves a whole step now and then."""
+    return getattr(one, "dtype", None) == "bfloat16" or type(one).__name__ == "W8A8"
+
+
 @on_two
 def test_a_row_does_not_depend_on_its_batch_mates(name: str, kind: str, example: str):
     pipe, one = _able(name, kind, example)
@@ -222,7 +227,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(name: str, kind: str, example:
     with fastdiff.accelerate(pipe, one):
         together = run(pipe, prompts)
         alone = [run(pipe, prompt, place) for place, prompt in enumerate(prompts)]
-    tolerance = 0.05 if getattr(one, "dtype", None) == "bfloat16" else 2e-4
+    tolerance = 0.05 if _rounds(one) else 2e-4
     for row, image in enumerate(alone):
         torch.testing.assert_close(together[row : row + 1], image, rtol=0, atol=tolerance)
 
@@ -262,7 +267,7 @@ def test_batched_and_separate_guidance_agree(name: str, kind: str, example: str)
             separate = [
                 torch.cat([_sample(denoiser(*_moved(a, by), **_moved(k, by))) for a, k in halves]) for by in drift
             ]
-    tolerance = 0.05 if getattr(one, "dtype", None) == "bfloat16" else 1e-4
+    tolerance = 0.05 if _rounds(one) else 1e-4
     for one_call, two_calls in zip(batched, separate, strict=True):
         torch.testing.assert_close(one_call, two_calls, rtol=0, atol=tolerance * one_call.abs().max().item())
 
