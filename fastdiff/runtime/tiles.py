@@ -115,8 +115,8 @@ class _Tiles:
 
     def _tiled(self, inner: Callable, given: dict[str, Any], name: str, sample: Tensor, told: list[float]) -> Any:
         height, width = sample.shape[-2:]
-        down = [self._starts(height, time, "rows") for time in told]
-        across = [self._starts(width, time, "columns") for time in told]
+        down = [tile_starts(self.settings, self.side, height, time, "rows") for time in told]
+        across = [tile_starts(self.settings, self.side, width, time, "columns") for time in told]
         sides = min(self.side, height), min(self.side, width)
         total = weight = output = None
         for row in range(len(down[0])):
@@ -140,16 +140,18 @@ class _Tiles:
         assert total is not None and weight is not None
         return with_sample(output, (total / weight).unflatten(-1, (height, width)))
 
-    def _starts(self, length: int, told: float, axis: str) -> list[int]:
-        if length <= self.side:
-            return [0]
-        if self.settings.grid == "overlapping":
-            return [*range(0, length - self.side, max(1, self.side // 2)), length - self.side]
-        count = -(-length // self.side)
-        offset = 0
-        if self.settings.grid == "moving":
-            offset = random.Random(f"{self.settings.seed} {axis} {told}").randrange(length)
-        return [(offset + place * length // count) % length for place in range(count)]
+
+def tile_starts(settings: TiledInference, side: int, length: int, told: float, axis: str) -> list[int]:
+    """Where tiles begin along an axis of `length` cells at a timestep; `axis` is "rows" or "columns"."""
+    if length <= side:
+        return [0]
+    if settings.grid == "overlapping":
+        return [*range(0, length - side, max(1, side // 2)), length - side]
+    count = -(-length // side)
+    offset = 0
+    if settings.grid == "moving":
+        offset = random.Random(f"{settings.seed} {axis} {told}").randrange(length)
+    return [(offset + place * length // count) % length for place in range(count)]
 
 
 def _is_spatial(name: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 import fastdiff
 from fastdiff.anatomy import capture
 from fastdiff.miniature.families import family
-from fastdiff.runtime.tiles import TiledInference
+from fastdiff.runtime.tiles import TiledInference, tile_starts
 from fastdiff.sampling.interval import GuidanceInterval
 
 
@@ -107,13 +107,9 @@ def test_the_grid_moves_with_the_timestep_and_only_with_it():
 
 def test_no_place_is_a_border_for_long():
     """Over many steps borders fall everywhere alike: each line of cells is one in 1 / 4 of the steps."""
-    settings = TiledInference(4)
-    from fastdiff.runtime.tiles import _Tiles
-
-    tiles = _Tiles(settings, 4, None, None)  # type: ignore[arg-type]
     counts = torch.zeros(16)
     for told in range(1000):
-        for start in tiles._starts(16, float(told), "rows"):
+        for start in tile_starts(TiledInference(), 4, 16, float(told), "rows"):
             counts[start] += 1
     assert counts.sum() == 4000
     assert (counts - 250).abs().max() < 5 * (1000 * 0.25 * 0.75) ** 0.5
