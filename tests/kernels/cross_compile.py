@@ -24,11 +24,17 @@ POINTERS = {
     "delta_ptr": "*fp32", "mass_ptr": "*fp32", "parts_ptr": "*fp32", "scores_ptr": "*fp32", "q8_ptr": "*i8",
     "k8_ptr": "*i8", "q_pool_ptr": "*fp32", "k_pool_ptr": "*fp32",
 }  # fmt: skip
-NOTHING = dict(SPARSE=False, INT8=False, FP8=False, FAR=False, LENGTHS=False, Q_GROUP=1, K_GROUP=1)
+NOTHING = dict(SPARSE=False, INT8=False, FP8=False, FAR=False, LENGTHS=False, SKIP=False, Q_GROUP=1, K_GROUP=1)
 LARGE = dict(HEAD=128, PADDED=128)
 
 
-def build(kernel: Any, architecture: int, constants: dict[str, Any], types: dict[str, str], warps: int) -> dict:
+# bytes of shared memory that a block of threads may have
+LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
+
+
+def build(
+    kernel: Any, architecture: int, constants: dict[str, Any], types: dict[str, str], warps: int, stages: int = 2
+) -> dict:
     """Compile one kernel; `types` overrides what names say of its arguments."""
     signature = {}
     for name in kernel.arg_names:
@@ -37,7 +43,7 @@ def build(kernel: Any, architecture: int, constants: dict[str, Any], types: dict
         elif name.endswith("_ptr"):
             signature[name] = types.get(name, POINTERS.get(name, "*bf16"))
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name in ("scale", "skip") else "i32"
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
     # what Triton itself finds out of aligned tensors at a launch
     aligned = [name for name in signature if name.endswith(("_ptr", "_batch", "_head", "_token"))]
@@ -48,7 +54,7 @@ def build(kernel: Any, architecture: int, constants: dict[str, Any], types: dict
         attrs={places[name]: [["tt.divisibility", 16]] for name in aligned if name not in constants},
     )
     target = GPUTarget("cuda", architecture, 32)
-    made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 2})
+    made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
     text = made.asm["ptx"]
     kinds = set()
     for line in re.findall(r"^\s*(wgmma\.mma_async\S*|mma\.sync\S*)", text, flags=re.MULTILINE):
@@ -75,35 +81,53 @@ def build(kernel: Any, architecture: int, constants: dict[str, Any], types: dict
     }
 
 
+def family(architecture: int, head: int, precision: str, sparse: bool) -> dict:
+    """The attention kernel as it is launched on one architecture, with the blocks it takes there."""
+    limit = LIMITS[architecture]
+    blocks = (128, 64) if sparse and head <= 128 else attention.dense_blocks(head, precision != "exact", limit)
+    constants = {**NOTHING, "HEAD": head, "PADDED": triton.next_power_of_2(head), "SPARSE": sparse, "FAR": sparse}
+    constants |= {"BLOCK_Q": blocks[0], "BLOCK_K": blocks[1], "INT8": precision != "exact"}
+    types, key_bytes, value_bytes = {}, 2, 2
+    if precision != "exact":
+        constants |= {"Q_GROUP": 128, "K_GROUP": 64}
+        types, key_bytes = {"q_ptr": "*i8", "k_ptr": "*i8"}, 1
+    if precision == "int8_fp8":
+        # values lie with their tokens side by side
+        constants |= {"FP8": True, "v_token": 1}
+        types["v_ptr"], value_bytes = "*fp8e4nv", 1
+    else:
+        constants["v_channel"] = 1
+    stages = attention.stages_of(head, *blocks, key_bytes, value_bytes, limit)
+    warps = attention.warps_of(blocks[0], head)
+    return build(attention._attention_kernel, architecture, constants, types, warps, stages)
+
+
 def main(architecture: int) -> dict[str, dict]:
     """All kernels of one architecture."""
-    family, sparse = attention._attention_kernel, {**NOTHING, "SPARSE": True, "FAR": True, "v_channel": 1}
-    eight = {"q_ptr": "*i8", "k_ptr": "*i8"}
-    groups = dict(Q_GROUP=128, K_GROUP=64)
     step = dict(BLOCK_Q=64, BLOCK_K=64, SPARSE=True)
-    tiles = dict(BLOCK_Q=128, BLOCK_K=64)
     found = {
-        "exact": build(family, architecture, {**NOTHING, **LARGE, "v_channel": 1, **tiles}, {}, 8),
-        "exact-sparse": build(family, architecture, {**sparse, **LARGE, **tiles}, {}, 8),
-        "int8-sparse": build(family, architecture, {**sparse, **LARGE, **groups, "INT8": True, **tiles}, eight, 8),
+        "exact": family(architecture, 128, "exact", sparse=False),
+        "exact-sparse": family(architecture, 128, "exact", sparse=True),
+        "int8-sparse": family(architecture, 128, "int8", sparse=True),
+        "exact-160": family(architecture, 160, "exact", sparse=False),
         "query-gradient": build(gradient._query_gradient_kernel, architecture, {**LARGE, **step}, {}, 8),
         "key-gradient": build(gradient._key_gradient_kernel, architecture, {**LARGE, **step}, {}, 8),
-        "mass": build(selection._block_mass_kernel, architecture, {**LARGE, "BLOCK_Q": 64, "BLOCK_K": 64}, {}, 4),
+        "mass": build(selection._block_mass_kernel, architecture, {**LARGE, "BLOCK_Q": 64, "BLOCK_K": 64}, {}, 8),
         "top-k": build(selection._top_k_kernel, architecture, {"WIDTH": 1024}, {"blocks_ptr": "*i32"}, 4),
         "pre-pass": build(
             quantise._quantise_kernel,
             architecture,
-            {**LARGE, **groups, "SMOOTH": True, "FP8": architecture >= 89},
+            {**LARGE, "Q_GROUP": 128, "K_GROUP": 64, "SMOOTH": True, "FP8": architecture >= 89},
             {"v8_ptr": "*fp8e4nv" if architecture >= 89 else "*i8"},
             8,
         ),
     }
     if architecture >= 89:
-        types = {**eight, "v_ptr": "*fp8e4nv"}
-        # values lie with their tokens side by side
-        del sparse["v_channel"]
-        constants = {**sparse, "v_token": 1, **LARGE, **groups, "INT8": True, "FP8": True, **tiles}
-        found["int8_fp8-sparse"] = build(family, architecture, constants, types, 8)
+        found["int8_fp8-sparse"] = family(architecture, 128, "int8_fp8", sparse=True)
+    if architecture == 90:
+        found["exact-64"] = family(architecture, 64, "exact", sparse=False)
+        found["int8_fp8"] = family(architecture, 128, "int8_fp8", sparse=False)
+        found["int8_fp8-64"] = family(architecture, 64, "int8_fp8", sparse=False)
     return found
 
 

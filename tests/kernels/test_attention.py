@@ -236,6 +236,32 @@ def test_wrong_input_is_refused_with_a_reason():
         attention(q, k, v, selection=random_selection(q, k, 1.0, 8), path="triton")
 
 
+@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_block_far_below_the_maximum_is_left_out_within_its_bound(path: str, precision: str):
+    q, k, v = tensors(32, 96, 32)
+    k[:, :, 64:] -= 40 * q.mean((1, 2), keepdim=True) / q.mean((1, 2), keepdim=True).norm(dim=-1, keepdim=True)
+    q = q + 3 * q.mean((1, 2), keepdim=True)
+    ask: dict[str, Any] = dict(path=path, precision=precision, selection=random_selection(q, k, 1.1, 32))
+    whole = attention(q, k, v, **ask)
+    for never in (float("inf"), 1e4):
+        same = attention(q, k, v, skip=never, **ask)
+        assert all(torch.equal(*pair) for pair in zip(same, whole, strict=True))
+    for skip in (0.0, 4.0, 12.0):
+        output, lse = attention(q, k, v, skip=skip, **ask)
+        # what is left out adds at most 32 keys a block, each 2 ** -skip beside a key that was there
+        lost = whole[1] - lse
+        assert (lost >= -1e-4).all()
+        assert (lost <= math.log1p(2 * 32 * 2.0**-skip) + 1e-4).all()
+        assert output.isfinite().all()
+    other = attention(q, k, v, skip=4.0, **{**ask, "path": "reference"})
+    torch.testing.assert_close(attention(q, k, v, skip=4.0, **ask)[1], other[1], rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="at least 0, on path"):
+        attention(q, k, v, skip=4.0, path="gather")
+    with pytest.raises(ValueError, match="skip=-1"):
+        attention(q, k, v, skip=-1, path=path)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="the compiled flex path is for CPUs")
 def test_compiled_flex_attention_equals_the_formula():

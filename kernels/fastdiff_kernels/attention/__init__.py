@@ -7,7 +7,7 @@ Hopper), and on CPUs "gather" and "masked" (see `cpu`). `path=None` takes Triton
 import torch
 from torch import Tensor
 
-from fastdiff_kernels.quantise import Quantised, quantise
+from fastdiff_kernels.quantise import K_GROUP, Q_GROUP, Quantised, quantise
 
 from .blocks import Selection, blocks_in
 
@@ -28,6 +28,7 @@ def attention(
     precision: str = "exact",
     lengths: Tensor | None = None,
     far: tuple[Tensor, Tensor] | None = None,
+    skip: float | None = None,
     path: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ scale) v over the selected blocks.
@@ -41,6 +42,9 @@ def attention(
             "int8_fp8" also takes probabilities and values in e4m3 (SageAttention2, https://arxiv.org/abs/2411.10958).
         lengths: int32 [B], how many keys count, from the first; all where None.
         far: (output [B, N, S, D], log-sum-exp float32 [B, N, S]) of the other keys, merged in before writing.
+        skip: leave out blocks of which no score comes within `skip` powers of two of its row's maximum so far
+            (SpargeAttn's λ, https://arxiv.org/abs/2502.18137), for finite inputs on "reference" and "triton"; what is
+            lost weighs at most key_block times 2 to the -skip beside the row's largest.
         path: one of `PATHS`.
 
     Returns:
@@ -54,6 +58,8 @@ def attention(
     path = path or ("triton" if q.is_cuda else "gather")
     _check(q, k, v, precision, path)
     _check_extras(q, k, selection, lengths, far)
+    if skip is not None and (path in ("gather", "masked") or not skip >= 0):
+        raise ValueError(f"skip={skip} must be at least 0, on path 'reference' or 'triton', not {path!r}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if 0 in (q.shape[0], q.shape[1], q.shape[2], k.shape[2]):
         near = q.new_zeros(q.shape), q.new_full(q.shape[:3], float("-inf"), dtype=_accumulator(q))
@@ -64,16 +70,16 @@ def attention(
         return cpu.attention(q, k, v, scale, selection, precision, lengths, far, masked=path == "masked")
     quantised: Quantised | None = None
     if precision != "exact":
-        quantised = quantise(q, k, v, scale=scale, fp8=precision == "int8_fp8", path=path)
+        quantised = quantise(q, k, v, scale=scale, fp8=precision == "int8_fp8", path=path, **groups_of(selection))
     if path == "triton":
         from . import triton as fast
 
-        return fast.attention(q, k, v, scale, selection, quantised, lengths, far)
+        return fast.attention(q, k, v, scale, selection, quantised, lengths, far, skip)
     from . import reference
 
     if quantised is not None:
-        return reference.quantised_attention_reference(q, quantised, v, selection, lengths, far)
-    return reference.attention_reference(q, k, v, scale, selection, lengths, far)
+        return reference.quantised_attention_reference(q, quantised, v, selection, lengths, far, skip)
+    return reference.attention_reference(q, k, v, scale, selection, lengths, far, skip)
 
 
 def merge(output: Tensor, lse: Tensor, far_output: Tensor, far_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +92,13 @@ def merge(output: Tensor, lse: Tensor, far_output: Tensor, far_lse: Tensor) -> t
     joined = near * output.to(near.dtype) + torch.where(far > 0, far * far_output.to(near.dtype), 0)
     joined = torch.where(total == 0, 0, joined / total)
     return joined.to(output.dtype), top + total[..., 0].log()
+
+
+def groups_of(selection: Selection | None) -> dict[str, int]:
+    """Tokens that share an 8-bit scale: those of a block, so that one tile is the unit of both (FPSAttention)."""
+    if selection is None:
+        return {}
+    return {"q_group": min(Q_GROUP, selection.query_block), "k_group": min(K_GROUP, selection.key_block)}
 
 
 def _accumulator(q: Tensor) -> torch.dtype:

@@ -34,14 +34,14 @@ def attention(
     masked: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `fastdiff_kernels.attention.attention`; defined for finite inputs."""
-    from . import merge
+    from . import groups_of, merge
 
     if masked or precision == "int8_fp8" or q.device.type != "cpu":
         output, lse = _masked(q, k, v, scale, selection, precision, lengths)
     else:
         shift: Tensor | float = 0.0
         if precision == "int8":
-            q, k, shift = _emulated(q, k, v, scale)
+            q, k, shift = _emulated(q, k, v, scale, groups_of(selection))
         output, lse = _gathered(q, k, v, scale, selection, lengths)
         lse = lse + shift
     if far is not None:
@@ -132,7 +132,9 @@ def _masked(
         v_mean, v_scale = (one.repeat_interleave(groups, 1) for one in (v_mean, v_scale))
     dtype, shift = q.dtype, 0.0
     if precision != "exact":
-        q, k, shift = _emulated(q, k, v, scale)
+        from . import groups_of
+
+        q, k, shift = _emulated(q, k, v, scale, groups_of(selection))
     k, values = k.to(wide), values.to(wide)
     k, values = repeated(q, k, values)
     step = max(1, MASKED_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
@@ -166,9 +168,9 @@ def _masked_rows(
     return weights @ v / total, (top + total.log())[..., 0], total[..., 0] > 0
 
 
-def _emulated(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _emulated(q: Tensor, k: Tensor, v: Tensor, scale: float, groups: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
     """q and the smoothed k as their int8 values stand for, and what smoothing took from the log-sum-exp."""
-    made = quantise(q, k, v, scale=1.0, path="reference")
+    made = quantise(q, k, v, scale=1.0, path="reference", **groups)
     unit = torch.log2(torch.tensor(torch.e))  # the kernels' scale holds log2 e
     whole_q = dequantised(made.q, made.q_scale / unit, made.q_group).to(q.dtype)
     return whole_q, dequantised(made.k, made.k_scale, made.k_group).to(k.dtype), made.shift * scale

@@ -26,6 +26,7 @@ def attention_reference(
     selection: Selection | None = None,
     lengths: Tensor | None = None,
     far: tuple[Tensor, Tensor] | None = None,
+    skip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention's result (https://arxiv.org/abs/2307.08691) over selected blocks; see `attention` for shapes."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -37,9 +38,25 @@ def attention_reference(
             continue
         m = n // groups
         scores = q[b, n, rows].to(wide) @ k[b, m, keys].to(wide).mT * scale  # [rows, keys]
+        if skip is not None:
+            kept = worth(scores, keys // (selection.key_block if selection else DENSE_KEY_BLOCK), skip * math.log(2))
+            scores, keys = scores[:, kept], keys[kept]
         lse[b, n, rows] = scores.logsumexp(-1)
         output[b, n, rows] = scores.softmax(-1) @ v[b, m, keys].to(wide)
     return _finish(q, output, lse, far)
+
+
+def worth(scores: Tensor, blocks: Tensor, skip: float) -> Tensor:
+    """Bool [keys]: False in blocks of which no score comes within `skip` of its row's maximum over earlier ones."""
+    kept = torch.ones_like(blocks, dtype=torch.bool)
+    top = scores.new_full(scores.shape[:1], float("-inf"))
+    for block in blocks.unique_consecutive().tolist():
+        some = blocks == block
+        highest = scores[:, some].amax(-1)
+        gain = torch.where(top == float("-inf"), float("inf"), highest - top)
+        kept[some] = bool(gain.amax() > -skip)
+        top = torch.maximum(top, highest)
+    return kept
 
 
 def walk(
@@ -68,6 +85,7 @@ def quantised_attention_reference(
     selection: Selection | None = None,
     lengths: Tensor | None = None,
     far: tuple[Tensor, Tensor] | None = None,
+    skip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the 8-bit kernels compute: int32 scores, probabilities in v's dtype or e4m3, two-level sums."""
     output = q.new_zeros(q.shape, dtype=torch.float32)
@@ -83,7 +101,11 @@ def quantised_attention_reference(
         for block in order.unique_consecutive().tolist():
             some = keys[order == block]
             scores = _scores(quantised, b, n, m, rows, some)  # [rows, keys], in powers of two
-            higher = torch.maximum(top, scores.amax(-1))
+            highest = scores.amax(-1)
+            gain = torch.where(top == float("-inf"), float("inf"), highest - top)
+            if skip is not None and not bool(gain.amax() > -skip):
+                continue
+            higher = torch.maximum(top, highest)
             base = torch.where(higher == float("-inf"), 0, higher)
             lift = math.log2(FP8_MAX) if quantised.fp8 else 0.0
             weights = torch.exp2(scores - base[:, None] + lift)

@@ -40,6 +40,7 @@ def _attention_kernel(
     far_ptr,
     far_lse_ptr,
     scale,
+    skip,
     queries,
     keys,
     q_batch,
@@ -68,6 +69,7 @@ def _attention_kernel(
     FP8: tl.constexpr,
     FAR: tl.constexpr,
     LENGTHS: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)  # batch times heads
@@ -109,16 +111,23 @@ def _attention_kernel(
         else:
             scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2E)
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - base[:, None] + LIFT) if FP8 else tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(weights, 1)
-        v_at = v_base + columns[:, None] * v_token + channels[None, :] * v_channel
-        v = tl.load(v_at, mask=seen[:, None] & inside[None, :], other=0.0)
-        fresh = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        sums = sums * shrink[:, None] + fresh
-        top = higher
+        highest = tl.max(scores, 1)
+        worth = True
+        if SKIP:
+            # a row that has seen nothing yet cannot do without
+            gain = tl.where(top == float("-inf"), float("inf"), highest - top)
+            worth = tl.max(gain, 0) > -skip
+        if worth:
+            higher = tl.maximum(top, highest)
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - base[:, None] + LIFT) if FP8 else tl.exp2(scores - base[:, None])
+            shrink = tl.exp2(top - base)
+            total = total * shrink + tl.sum(weights, 1)
+            v_at = v_base + columns[:, None] * v_token + channels[None, :] * v_channel
+            v = tl.load(v_at, mask=seen[:, None] & inside[None, :], other=0.0)
+            fresh = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            sums = sums * shrink[:, None] + fresh
+            top = higher
     safe = tl.where(total == 0.0, 1.0, total)
     output = sums / safe[:, None]
     lse = tl.where(total == 0.0, float("-inf"), LN2 * (top + tl.log2(safe)))
@@ -157,11 +166,13 @@ def attention(
     quantised: Quantised | None,
     lengths: Tensor | None,
     far: tuple[Tensor, Tensor] | None,
+    skip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel; see `fastdiff_kernels.attention.attention` for arguments and results."""
     batch, heads, queries, head = q.shape
     fp8 = quantised is not None and quantised.v is not None
-    block_q, block_k = (128, 128 if quantised or head > 64 else 64)
+    limit = shared_bytes(q.device)
+    block_q, block_k = dense_blocks(head, quantised is not None, limit)
     if selection is not None:
         block_q, block_k = selection.query_block, selection.key_block
         check_blocks(block_q, block_k, fp8)
@@ -193,6 +204,7 @@ def attention(
         far_output,
         far_lse,
         scale,
+        0.0 if skip is None else skip,
         queries,
         k.shape[2],
         *left.stride()[:3],
@@ -214,9 +226,41 @@ def attention(
         FP8=fp8,
         FAR=far is not None,
         LENGTHS=lengths is not None,
+        SKIP=skip is not None,
         num_warps=warps_of(block_q, head),
+        num_stages=stages_of(head, block_q, block_k, left.element_size(), values.element_size(), limit),
     )
     return output, lse
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one block of threads may have; that of Hopper where kernels are interpreted."""
+    if device.type != "cuda":
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def dense_blocks(head: int, quantised: bool, limit: int) -> tuple[int, int]:
+    """Tokens in a query and key block where no selection says so: the largest that fit in registers and `limit`."""
+    if triton.next_power_of_2(head) > 128:
+        return (128, 64) if limit > 2**17 else (64, 32)
+    return 128, 128 if quantised or (head > 64 and limit > 2**17) else 64
+
+
+def stages_of(head: int, block_q: int, block_k: int, key_bytes: int, value_bytes: int, limit: int) -> int:
+    """How many key blocks are in flight, 1 to 3, so that they fit in `limit` bytes beside the queries.
+
+    Raises:
+        ValueError: not even one does.
+    """
+    padded = triton.next_power_of_2(head)
+    fixed, each = block_q * padded * key_bytes, block_k * padded * (key_bytes + value_bytes)
+    if fixed + each > limit:
+        raise ValueError(
+            f"blocks of {block_q} queries and {block_k} keys with {head} channels need {fixed + each} bytes of shared "
+            f"memory, and this GPU has {limit}; choose smaller blocks"
+        )
+    return min(3, (limit - fixed) // each)
 
 
 def warps_of(query_block: int, head: int) -> int:

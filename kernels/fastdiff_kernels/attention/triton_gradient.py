@@ -147,7 +147,7 @@ def backward(
     head = q.shape[3]
     sizes = dict(
         HEAD=head, PADDED=max(16, triton.next_power_of_2(head)), BLOCK_Q=query_block, BLOCK_K=key_block,
-        SPARSE=selection is not None,
+        SPARSE=selection is not None, num_warps=8, num_stages=2,
     )  # fmt: skip
     ends = (scale, q.shape[2], k.shape[2])
     heads = q.shape[0] * q.shape[1]

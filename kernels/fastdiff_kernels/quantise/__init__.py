@@ -58,6 +58,8 @@ def quantise(
     scale: float | None = None,
     fp8: bool = False,
     smooth: bool = True,
+    q_group: int = Q_GROUP,
+    k_group: int = K_GROUP,
     path: str | None = None,
 ) -> Quantised:
     """Quantise q [B, N, S, D] and k, v [B, M, T, D] (float16, bfloat16 or float32) by absolute maximum of each group.
@@ -66,6 +68,7 @@ def quantise(
         scale: of the scores; 1/√D where None.
         fp8: values too, per channel.
         smooth: take the mean off the keys first.
+        q_group, k_group: tokens that share a scale; powers of two from 16 for Triton.
         path: "reference" or "triton"; None takes Triton on CUDA.
 
     A NaN or infinity makes every scale of its group NaN, so that it shows in the result and is never clamped away.
@@ -77,17 +80,17 @@ def quantise(
     if path == "triton":
         from . import triton as fast
 
-        return fast.quantise(q, k, v, scale, fp8, smooth)
+        return fast.quantise(q, k, v, scale, fp8, smooth, q_group, k_group)
     from .reference import quantise_reference
 
-    return quantise_reference(q, k, v, scale, fp8, smooth)
+    return quantise_reference(q, k, v, scale, fp8, smooth, q_group, k_group)
 
 
-def empty(q: Tensor, k: Tensor, fp8: bool) -> Quantised:
+def empty(q: Tensor, k: Tensor, fp8: bool, q_group: int = Q_GROUP, k_group: int = K_GROUP) -> Quantised:
     """A `Quantised` of the right shapes, not yet filled."""
     batch, heads, queries, head = q.shape
     groups, keys = k.shape[1:3]
-    rows, columns = -(-queries // Q_GROUP), -(-keys // K_GROUP)
+    rows, columns = -(-queries // q_group), -(-keys // k_group)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -103,4 +106,6 @@ def empty(q: Tensor, k: Tensor, fp8: bool) -> Quantised:
         shift=floats(batch, heads, queries),
         q_pool=floats(batch, heads, rows, head),
         k_pool=floats(batch, groups, columns, head),
+        q_group=q_group,
+        k_group=k_group,
     )

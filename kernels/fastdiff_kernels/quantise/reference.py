@@ -10,7 +10,16 @@ from . import FP8_MAX, K_GROUP, Q_GROUP, Quantised
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def quantise_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, fp8: bool, smooth: bool) -> Quantised:
+def quantise_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    fp8: bool,
+    smooth: bool,
+    q_group: int = Q_GROUP,
+    k_group: int = K_GROUP,
+) -> Quantised:
     """See `quantise`."""
     queries, keys, values = q.float(), k.float(), v.float()
     mean = keys.mean(2) if smooth else torch.zeros_like(keys[:, :, 0])  # [B, M, D]
@@ -19,8 +28,8 @@ def quantise_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, fp8: bool,
     centred = values - v_mean[:, :, None]
     v_scale = _poisoned(centred.abs().amax(2), centred.sum(2)) / FP8_MAX
     v_scale = torch.where(v_scale == 0, 1, v_scale)
-    q8, q_scale = integers(queries, Q_GROUP)
-    k8, k_scale = integers(keys, K_GROUP)
+    q8, q_scale = integers(queries, q_group)
+    k8, k_scale = integers(keys, k_group)
     own = mean.repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, N, D]
     return Quantised(
         q=q8,
@@ -31,8 +40,10 @@ def quantise_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, fp8: bool,
         v_scale=v_scale,
         v_mean=v_mean,
         shift=(queries @ own[..., None])[..., 0] * scale,
-        q_pool=pooled(queries, Q_GROUP),
-        k_pool=pooled(keys, K_GROUP),
+        q_pool=pooled(queries, q_group),
+        k_pool=pooled(keys, k_group),
+        q_group=q_group,
+        k_group=k_group,
     )
 
 

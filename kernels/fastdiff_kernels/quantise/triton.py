@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import K_GROUP, Q_GROUP, Quantised, empty
+from . import Quantised, empty
 
-CHUNK = 1024
+# every program of the second launch reads all partial sums, so there are few of them
+CHUNKS = 16
+STEP = 64
 FP8_MAX = tl.constexpr(448.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -22,6 +24,7 @@ def _statistics_kernel(
     parts_ptr,
     keys,
     groups,
+    chunk_tokens,
     k_batch,
     k_head,
     k_token,
@@ -30,7 +33,6 @@ def _statistics_kernel(
     v_token,
     HEAD: tl.constexpr,
     PADDED: tl.constexpr,
-    CHUNK: tl.constexpr,
     STEP: tl.constexpr,
 ):
     chunk = tl.program_id(0)
@@ -43,8 +45,8 @@ def _statistics_kernel(
     v_sum = tl.zeros([PADDED], tl.float32)
     v_low = tl.full([PADDED], float("inf"), tl.float32)
     v_high = tl.full([PADDED], float("-inf"), tl.float32)
-    for part in range(CHUNK // STEP):
-        tokens = chunk * CHUNK + part * STEP + tl.arange(0, STEP)
+    for part in range(chunk_tokens // STEP):
+        tokens = chunk * chunk_tokens + part * STEP + tl.arange(0, STEP)
         seen = (tokens[:, None] < keys) & inside[None, :]
         k = tl.load(
             k_ptr + b * k_batch + m * k_head + tokens[:, None] * k_token + channels[None, :], mask=seen, other=0
@@ -173,18 +175,24 @@ def _quantise_kernel(
             tl.store(v8_ptr + (k_row * HEAD + channels)[None, :] * keys + tokens[:, None], v, mask=seen)
 
 
-def quantise(q: Tensor, k: Tensor, v: Tensor, scale: float, fp8: bool, smooth: bool) -> Quantised:
+def quantise(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, fp8: bool, smooth: bool, q_group: int, k_group: int
+) -> Quantised:
     """Launch both kernels; see `fastdiff_kernels.quantise.quantise`."""
+    for name, size in (("q_group", q_group), ("k_group", k_group)):
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"{name}={size}: Triton takes powers of two from 16; use path='reference'")
     q, k, v = (one if one.stride(-1) == 1 else one.contiguous() for one in (q, k, v))
     batch, heads, queries, head = q.shape
     groups, keys = k.shape[1:3]
-    made = empty(q, k, fp8)
-    chunks = triton.cdiv(keys, CHUNK)
+    made = empty(q, k, fp8, q_group, k_group)
+    chunk = STEP * triton.cdiv(keys, STEP * CHUNKS)
+    chunks = triton.cdiv(keys, chunk)
     padded = triton.next_power_of_2(head)
     parts = torch.empty((batch * groups, chunks, 4, head), dtype=torch.float32, device=q.device)
     strides = (*k.stride()[:3], *v.stride()[:3])
     _statistics_kernel[(chunks, batch * groups)](
-        k, v, parts, keys, groups, *strides, HEAD=head, PADDED=padded, CHUNK=CHUNK, STEP=64
+        k, v, parts, keys, groups, chunk, *strides, HEAD=head, PADDED=padded, STEP=STEP
     )
     _quantise_kernel[(made.q_scale.shape[-1] + made.k_scale.shape[-1], batch * heads)](
         q,
@@ -211,8 +219,8 @@ def quantise(q: Tensor, k: Tensor, v: Tensor, scale: float, fp8: bool, smooth: b
         *strides,
         HEAD=head,
         PADDED=padded,
-        Q_GROUP=Q_GROUP,
-        K_GROUP=K_GROUP,
+        Q_GROUP=q_group,
+        K_GROUP=k_group,
         SMOOTH=smooth,
         FP8=fp8,
     )

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff_kernels.attention.triton import warps_of
+
 
 @triton.jit
 def _block_mass_kernel(
@@ -101,6 +103,8 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, query_block: int, key_block: i
         PADDED=max(16, triton.next_power_of_2(head)),
         BLOCK_Q=query_block,
         BLOCK_K=key_block,
+        num_warps=warps_of(query_block, head),
+        num_stages=2,
     )
     return mass
 
