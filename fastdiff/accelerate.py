@@ -6,7 +6,7 @@ from typing import Any
 
 from fastdiff.acceleration import Acceleration, NotEngaged, Unsupported
 from fastdiff.hooks import Hooks, RemovalOrder, Request, Requests, check_on_top
-from fastdiff.plan import Plan
+from fastdiff.plan import Plan, PlanError
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,15 @@ def accelerate(pipe: Any, plan: Any, strict: bool = False) -> Handle:
         raise Unsupported("this pipeline is already accelerated; remove that handle first, or put both in one plan")
     if not hasattr(pipe, "components"):
         raise TypeError(f"accelerate needs a diffusers pipeline; this is a {type(pipe).__name__}")
+    try:
+        notes = plan.tuned.check(pipe) if plan.tuned else ()
+    except ValueError as error:
+        raise PlanError(str(error)) from error
     handle = Handle(pipe, plan, strict)
     handle._install()
+    for _, hooks in handle._layers[:1]:
+        for note in notes:
+            hooks.counter.note(note)
     return handle
 
 

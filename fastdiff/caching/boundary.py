@@ -62,6 +62,14 @@ class Compute:
         self._inner, self._args, self._kwargs = inner, args, kwargs
         self._names, self._count = forward_names(denoiser), count
 
+    def given(self, name: str) -> Any:
+        """An argument given by name; None where it was not."""
+        return self._kwargs.get(name)
+
+    def replace(self, **named: Any) -> None:
+        """Give the denoiser other values for arguments given by name."""
+        self._kwargs = {**self._kwargs, **named}
+
     def __call__(self, rows: Sequence[int] | None = None) -> Any:
         if rows is None:
             return self._inner(*self._args, **self._kwargs)

@@ -125,6 +125,8 @@ class Forecaster:
     def act(self, call: Call) -> Any:
         """The output of one call."""
         history: History = self.boundary.state(call.request, "history", History)
+        if call.index == 0:
+            self._check_length(call)
         signature = (call.sample.shape, call.sample.dtype, call.sample.device, call.return_dict)
         known = history.fits(signature)
         if call.level is None and known:
@@ -168,6 +170,14 @@ class Forecaster:
             level = call.level
             return any(abs(level - planned) < 1e-4 for planned in settings.levels)  # type: ignore[operator]
         return call.position in self._planned(call)
+
+    def _check_length(self, call: Call) -> None:
+        planned = len(self.settings.levels)
+        if call.steps is not None and planned > call.steps:
+            raise ValueError(
+                f"Forecast: the plan computes {planned} steps and the run takes {call.steps}; "
+                "take more steps, or tune a plan for as many"
+            )
 
     def _planned(self, call: Call) -> frozenset[int]:
         run = call.run

@@ -78,3 +78,15 @@ def paired_median_difference(
 ) -> Interval:
     """Median of x - y over pairs, for heavy-tailed figures such as PSNR, with its bootstrap interval."""
     return _bootstrap(_differences(x, y), np.median, seed)
+
+
+def median_interval(samples: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
+    """Median of `samples` with its bootstrap interval, for heavy-tailed figures such as PSNR."""
+    return _bootstrap(np.asarray(samples, np.float64), np.median, seed)
+
+
+def quantile_interval(samples: Sequence[float] | np.ndarray, share: float, seed: int = 0) -> Interval:
+    """The value below which `share` (0..1) of `samples` lie, with its bootstrap interval."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share lies from 0 to 1, not {share}")
+    return _bootstrap(np.asarray(samples, np.float64), lambda some, **axis: np.quantile(some, share, **axis), seed)
