@@ -25,6 +25,7 @@ PEERS = {
     ),
     # these pin nothing, so they get what fastdiff itself is measured with
     "deepcache": ("DeepCache==0.1.1", "diffusers==0.42.1", "transformers>=5,<6", "accelerate", "torch==2.13.0"),
+    "torchao": ("torchao==0.18.0", "torch==2.13.0"),
     "cache-dit": ("cache-dit==1.5.3", "diffusers==0.42.1", "transformers>=5,<6", "accelerate", "torch==2.13.0"),
 }
 

@@ -1,6 +1,6 @@
 """Which linear layers of a denoiser to quantise, and putting others in their places so that it can be undone."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -139,7 +139,7 @@ def verdict(found: list[Place], minimum_features: int) -> Verdict:
     return Verdict(True)
 
 
-def install(pipe: Any, hooks: Hooks, made: list[tuple[Place, torch.nn.Module]]) -> None:
+def install(pipe: Any, hooks: Hooks, made: Sequence[tuple[Place, torch.nn.Module]]) -> None:
     """Put modules in the places of linear layers and count the denoiser's calls.
 
     The linear layers stay in memory for `remove`, and are reported with the rest.

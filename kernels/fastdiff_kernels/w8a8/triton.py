@@ -81,10 +81,11 @@ def product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, sm
     token = torch.empty(count, dtype=torch.float32, device=rows.device)
     y = torch.empty((count, outputs), dtype=rows.dtype, device=rows.device)
     padded = triton.next_power_of_2(inputs)
-    warps: Any = min(max(padded // 1024, 1), 16)
+    launch: Any = {"num_warps": min(max(padded // 1024, 1), 16)}
     _rows_kernel[(count,)](
-        rows, smooth, whole, token, inputs, rows.stride(0), SMOOTH=smooth is not None, BLOCK=padded, num_warps=warps
+        rows, smooth, whole, token, inputs, rows.stride(0), SMOOTH=smooth is not None, BLOCK=padded, **launch
     )
+    launch = {"num_warps": 8}
     grid = (triton.cdiv(count, BLOCK_M) * triton.cdiv(outputs, BLOCK_N),)
     _product_kernel[grid](
         whole,
@@ -101,6 +102,6 @@ def product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, sm
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         BAND=BAND,
-        num_warps=8,
+        **launch,
     )
     return y
