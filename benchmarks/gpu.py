@@ -19,7 +19,7 @@ from diffusers.utils import logging
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff
-from benchmarks.attention import kernel_suite
+from benchmarks.attention_kernels import kernel_suite
 from benchmarks.full_size import FULL, SHRUNKEN, Architecture, build
 from benchmarks.parallel import efficiency_suite
 from benchmarks.record import Record, Row, could_not_run

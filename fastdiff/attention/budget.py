@@ -63,6 +63,7 @@ def calibrate(
     candidates: Sequence[Candidate],
     settings: SparseAttention,
     bins: int = 3,
+    beside: Sequence[Acceleration] = (),
 ) -> list[Sample]:
     """Measure every candidate on every layer while `generate` calls the pipeline, whose result stays exact.
 
@@ -70,6 +71,7 @@ def calibrate(
         candidates: (density, precision, far) each.
         settings: blocks, selection and schedule of the run to come; its density, precision and far are not used.
         bins: noise levels told apart, equal parts of the range of timesteps.
+        beside: what else will act, such as `TokenOrder`.
     """
     taken: list[tuple[str, float, Candidate, float, float]] = []
 
@@ -94,7 +96,7 @@ def calibrate(
 
         return attend
 
-    with fastdiff.accelerate(pipe, _Watch(settings.minimum_tokens, prepare)):
+    with fastdiff.accelerate(pipe, fastdiff.Plan([_Watch(settings.minimum_tokens, prepare), *beside])):
         generate()
     return _binned(taken, bins)
 

@@ -20,9 +20,9 @@ def latent_grid(arguments: dict[str, Any], channels: int | None) -> Grid | None:
         channels: how many it takes, by which [B, F, C, H, W] is told from [B, C, F, H, W].
     """
     sides = [arguments.get(name) for name in ("num_frames", "height", "width")]
-    if all(isinstance(side, int) for side in sides):
-        frames, height, width = sides
-        return frames, height, width
+    whole = [side for side in sides if isinstance(side, int)]
+    if len(whole) == 3:
+        return whole[0], whole[1], whole[2]
     latents = next((arguments[name] for name in ("hidden_states", "sample", "x") if name in arguments), None)
     if not isinstance(latents, Tensor) or latents.dim() not in (4, 5):
         return None
