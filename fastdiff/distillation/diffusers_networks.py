@@ -47,7 +47,8 @@ def averaged(module: nn.Module, levels: Levels, values: dict[str, Tensor]) -> Ne
 
 def _first(module: nn.Module) -> str:
     """The name of the denoiser's first argument."""
-    return forward_names(module.base[0] if hasattr(module, "base") else module)[0]
+    inner: Any = module
+    return forward_names(inner.base[0] if hasattr(inner, "base") else inner)[0]
 
 
 def encoder(pipe: Any) -> Callable[[Sequence[str]], Condition]:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fastdiff.distillation.networks import Batch, Networks, ddim, guided
+from fastdiff.distillation.networks import Batch, Network, Networks, ddim, guided
 from fastdiff.distillation.objective import Objective
+
+
+class _Critic(nn.ModuleDict):
+    """The critic's module, and the network it is."""
+
+    def __init__(self, module: nn.Module, network: Network):
+        super().__init__({"critic": module})
+        self.network = network
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,7 @@ class DistributionMatching(Objective):
     def helpers(self, networks: Networks, example: Batch) -> nn.ModuleDict:
         if networks.fresh is None:
             raise ValueError("DistributionMatching needs a critic, which these networks cannot make")
-        module, self_network = networks.fresh()
-        critic = nn.ModuleDict({"critic": module})
-        # not a field: which network a module is belongs to the module
-        critic.network = self_network  # type: ignore[assignment]
-        return critic
+        return _Critic(*networks.fresh())
 
     def draw(self, networks: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``(x, level, eps)`` that the student meets at one of its steps when it samples, without gradients."""
@@ -74,7 +78,7 @@ class DistributionMatching(Objective):
         last = networks.levels.last
         return batch.whole(max(1, int(self.share[0] * last)), int(self.share[1] * last))
 
-    def loss(self, networks: Networks, batch: Batch, helpers: nn.ModuleDict) -> Tensor:
+    def loss(self, networks: Networks, batch: Batch, helpers: Any) -> Tensor:
         """Half the mean square to the sample moved by the normalised difference of both clean estimates."""
         made = self._made(networks, batch)
         with torch.no_grad():
@@ -87,7 +91,7 @@ class DistributionMatching(Objective):
             gradient = (fake - real) / size.view(-1, *[1] * (made.ndim - 1))
         return 0.5 * functional.mse_loss(made, made.detach() - gradient)
 
-    def helper_loss(self, networks: Networks, batch: Batch, helpers: nn.ModuleDict) -> Tensor:
+    def helper_loss(self, networks: Networks, batch: Batch, helpers: Any) -> Tensor:
         """Denoising of the student's samples, in velocities."""
         with torch.no_grad():
             made = self._made(networks, batch)

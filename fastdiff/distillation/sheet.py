@@ -46,7 +46,8 @@ def places_of(objective: Objective, known: dict[str, list[int]], levels: Levels)
     """Where a student of this objective is called for a sheet, and whether it goes from place to place by DDIM."""
     if known:
         return known[max(known, key=int)], not getattr(objective, "also", ())
-    steps = list(getattr(objective, "steps", ())) if not isinstance(getattr(objective, "steps", ()), int) else []
+    own: Any = getattr(objective, "steps", ())
+    steps: list[int] = [] if isinstance(own, int) else list(own)
     few = type(objective).__name__ not in ("AdaptedGuidance", "Compression")
     return steps or grid_levels(levels.last, 4 if few else 20).flip(0)[:-1].tolist(), not few
 

@@ -105,9 +105,9 @@ def scheduler_of(folder: Path, config: Any) -> Any:
         kind = diffusers.FlowMatchEulerDiscreteScheduler if hops else diffusers.FlowMatchLCMScheduler
         return kind(num_train_timesteps=config["num_train_timesteps"], shift=1.0)
     kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "trained_betas"}
-    kind = diffusers.TCDScheduler if hops else diffusers.LCMScheduler
+    kind: Any = diffusers.TCDScheduler if hops else diffusers.LCMScheduler
     # the grid these schedulers warn of leaving is the student's own
-    grid = {"original_inference_steps": max(map(int, sampling["levels"]))} if sampling["levels"] else {}
+    grid: dict[str, Any] = {"original_inference_steps": max(map(int, sampling["levels"]))} if sampling["levels"] else {}
     return kind(**{name: config[name] for name in kept if name in config}, **grid)
 
 

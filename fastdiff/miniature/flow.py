@@ -159,7 +159,8 @@ class Float32JointAttention:
         query.append(heads(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q))
         key.append(heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k))
         value.append(heads(attn.add_v_proj(encoder_hidden_states), None))
-        mixed = functional.scaled_dot_product_attention(*(torch.cat(part, 2) for part in (query, key, value)))
+        q, k, v = (torch.cat(part, 2) for part in (query, key, value))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
         mixed = mixed.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         out = attn.to_out[0](mixed[:, :count])
         return out, None if attn.context_pre_only else attn.to_add_out(mixed[:, count:])
@@ -175,8 +176,8 @@ def mini_dit(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     taught = weights.load_parts()
     teacher = Velocity(taught["unet"], run.device)
     text = taught["text_encoder"].to(run.device)
-    pipe = pipeline(weights.load_autoencoder(), taught["text_encoder"], transformer())
-    pipe.transformer = None  # type: ignore[assignment]
+    pipe: Any = pipeline(weights.load_autoencoder(), taught["text_encoder"], transformer())
+    pipe.transformer = None
     pipe.to(run.device)
     tokenize = models.tokenizer.build()
     network = Replica(module, Float32JointAttention()) if run.device == "cpu" else module
