@@ -81,8 +81,9 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def picture(self, path: Path) -> None:
-        """A screenshot as PNG."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+        """A screenshot as JPEG."""
+        data = self.call("Page.captureScreenshot", format="jpeg", quality=88)["data"]
+        path.write_bytes(base64.b64decode(data))
 
     def close(self) -> None:
         """Let go of the tab."""

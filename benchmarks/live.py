@@ -6,25 +6,34 @@ not used.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import gc
 import itertools
+import os
+import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from benchmarks.chromium import browser, find
 from benchmarks.record import Record, Row, could_not_run, percentile
+from benchmarks.slow_line import slow_line
 from fastdiff.quality import Interval
-from fastdiff_app.live.model import LiveModel
+from fastdiff_app.live import messages, pictures
+from fastdiff_app.live.model import LiveModel, worthwhile
 from fastdiff_pipelines.live import Controls, IdentityStream, LiveSession, LiveWorker, jain
 from fastdiff_pipelines.live.virtual import TimedStream, VirtualClock, camera, viewer
 from fastdiff_pipelines.live.virtual import run as pass_time
 from fastdiff_pipelines.settings import Settings
+from fastdiff_pipelines.slots import Output
 
 FPS = 30
 SERVICE_MS = 50.0
@@ -36,9 +45,14 @@ DEADLINE_FRAMES = 300
 def run(full: bool = False) -> Record:
     """All rows; `full` watches the browser and the soak for longer."""
     record = Record("live")
+    seconds = BROWSER_S * (4 if full else 1)
     suites: dict[str, Callable[[], Row]] = {
         "overload": overload,
-        "browser": lambda: in_browser(BROWSER_S * (4 if full else 1)),
+        "browser": lambda: in_browser("browser", LiveModel("identity", Settings("")), seconds),
+        "line-75ms": lambda: in_browser("line-75ms", LiveModel("identity", Settings("")), seconds, 0.075),
+        "line-75ms-model-50ms": lambda: in_browser(
+            "line-75ms-model-50ms", _WaitingModel("identity", Settings("")), seconds, 0.075
+        ),
         "users-4": users_4,
         "soak": lambda: soak(SOAK_FRAMES * (10 if full else 1)),
         "slow-neighbour": slow_neighbour,
@@ -91,11 +105,10 @@ def users_4() -> Row:
 
 
 @contextlib.contextmanager
-def _serving(model: LiveModel, page: bool) -> Iterator[tuple[str, Any]]:
-    """A server of this process's own in a thread: its address and its `Live`."""
+def serving(model: LiveModel, page: bool) -> Iterator[tuple[str, Any, asyncio.AbstractEventLoop]]:
+    """A server of this process's own in a thread: its address, its `Live` and its loop."""
     import uvicorn
 
-    from fastdiff_app.live import pictures
     from fastdiff_app.live.server import Serving, build
 
     with model:
@@ -108,7 +121,8 @@ def _serving(model: LiveModel, page: bool) -> Iterator[tuple[str, Any]]:
         while not server.started:
             time.sleep(0.05)
         try:
-            yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", app.live
+            where = server.servers[0]
+            yield f"127.0.0.1:{where.sockets[0].getsockname()[1]}", app.live, where.get_loop()
         finally:
             server.should_exit = True
             thread.join(30)
@@ -117,51 +131,124 @@ def _serving(model: LiveModel, page: bool) -> Iterator[tuple[str, Any]]:
 STATE = "[...document.querySelectorAll('*')].find((one) => one.fastdiff).fastdiff"
 
 
-def in_browser(seconds: float) -> Row:
-    """Chromium's made-up camera through the page and the identity model at 512 pixels: glass to glass."""
+class _Waiting(IdentityStream):
+    """A model that takes its time and no processor."""
+
+    def push(self, frame: Any = None, frame_id: Any = None, captured: float | None = None) -> list[Output]:
+        """As `IdentityStream.push`, later."""
+        time.sleep(SERVICE_MS / 1000)
+        return super().push(frame, frame_id, captured)
+
+
+class _WaitingModel(LiveModel):
+    def open(self, scale: float = 1.0, plan: str | None = None) -> Any:
+        """A stream that waits."""
+        assert self.size is not None
+        return _Waiting(*self.size)
+
+
+def in_browser(name: str, model: LiveModel, seconds: float, delay_s: float = 0.0) -> Row:
+    """Chromium's made-up camera through the page and a model: glass to glass, over a line that may take its time."""
     if find() is None:
-        return could_not_run("browser", "no chromium is installed (Debian: apt install chromium)")
-    model = LiveModel("identity", Settings(""))
-    with _serving(model, page=True) as (address, live), browser() as page:
+        return could_not_run(name, "no chromium is installed (Debian: apt install chromium)")
+    with contextlib.ExitStack() as held:
+        address, live, _ = held.enter_context(serving(model, page=True))
+        if delay_s:
+            address = f"127.0.0.1:{held.enter_context(slow_line(int(address.split(':')[1]), delay_s))}"
+        page = held.enter_context(browser())
         page.go(f"http://{address}/")
         page.until("!!document.querySelector('.fd-start')", 60)
         page.run("document.querySelector('.fd-start').click()")
         page.until(f"{STATE}.shown > 60", 60)
-        page.run(f"(() => {{ const s = {STATE}; s.ages.length = s.ids.length = s.times.length = 0; }})()")
-        time.sleep(seconds)
-        ages, ids = page.run(f"{STATE}.ages"), page.run(f"{STATE}.ids")
-        stages = live.worker.sessions[0].ledger.summary()["stages_ms"]
+        # the camera's rate and the line's length are learnt by now
+        page.run("new Promise((done) => setTimeout(done, 4000))")
+        page.run(f"for (const one of ['ages', 'ids', 'times', 'lags']) {STATE}[one].length = 0")
+        began = time.perf_counter()
+        page.run(f"new Promise((done) => setTimeout(done, {1000 * seconds / 2}))")
+        page.run(f"new Promise((done) => setTimeout(done, {1000 * seconds / 2}))")
+        ages, ids, lags, trips = (page.run(f"{STATE}.{one}") for one in ("ages", "ids", "lags", "trips"))
+        took = time.perf_counter() - began
+        summary = live.worker.sessions[0].ledger.summary()
         complaints = list(page.complaints)
     if complaints or any(b <= a for a, b in itertools.pairwise(ids)):
         raise RuntimeError(f"ids did not rise, or the console complained: {complaints[:2]}")
-    figures = _exact(glass_to_glass_ms_p50=median(ages), glass_to_glass_ms_p95=percentile(ages, 95),
-                     fps=len(ages) / seconds)  # fmt: skip
-    slow = max(stages, key=lambda name: stages[name]["p50"])
-    return Row("browser", quality=figures, note=f"identity model, 512 pixels, {seconds:g} s; longest stage: {slow}")
+    trip = min(one for _, one in trips)
+    figures = _exact(
+        glass_to_glass_ms_p50=median(ages), glass_to_glass_ms_p95=percentile(ages, 95), fps=len(ages) / took,
+        round_trip_ms=trip, over_round_trip_ms_p95=percentile(ages, 95) - trip,
+        camera_to_page_ms_p50=median(lags), unexplained_ms_p95=summary["unexplained_ms"]["p95"],
+    )  # fmt: skip
+    slow = max(summary["stages_ms"], key=lambda one: summary["stages_ms"][one]["p50"])
+    assert model.size is not None
+    note = f"{model.size[0]} pixels, {len(ages)} frames in {took:.0f} s, ids rose throughout; longest stage: {slow}"
+    return Row(name, quality=figures, note=note)
 
 
 def soak(frames: int) -> Row:
-    """Many frames through a session: what memory each leaves behind."""
+    """Many frames over a WebSocket through the embedded model: what memory each leaves, and whether the loop stands."""
     import psutil
 
     process = psutil.Process()
-    session = LiveSession(lambda scale, plan: IdentityStream(64, 64), Controls(Settings("")))
-    viewer(session)
-    worker = LiveWorker()
-    worker.add(session)
-    picture = np.zeros((64, 64, 3), np.uint8)
-    held: list[int] = []
-    places: list[int] = []
-    for number in range(frames):
-        session.offer(picture, number)
-        worker.run_one()
-        # the ledger's window and the allocator fill up first
-        if number % 250 == 0 and number >= frames // 4:
-            gc.collect()
-            places.append(number)
-            held.append(process.memory_info().rss)
+    settings = Settings("a red circle", steps=1)
+    picture = pictures.encode(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    with tempfile.TemporaryDirectory() as folder, _variable("GRADIO_TEMP_DIR", folder):
+        with serving(LiveModel(None, settings), page=True) as (address, _, loop), _loop_watched(loop) as gaps:
+            held, places = [], []
+            for number in _viewed(address, picture, frames):
+                # the ledger's window and the allocator fill up first
+                if number % 100 == 0 and number >= frames // 4:
+                    places.append(number)
+                    held.append(process.memory_info().rss)
+        left = sum(1 for one in Path(folder).rglob("*") if one.is_file())
     slope = float(np.polyfit(places, held, 1)[0])
-    return Row("soak", quality=_exact(bytes_per_frame=slope), note=f"slope of resident memory over {frames} frames")
+    figures = _exact(bytes_per_frame=slope, files_left=float(left), loop_blocked_ms_max=1000 * max(gaps),
+                     loop_blocked_ms_p99=1000 * percentile(gaps, 99))  # fmt: skip
+    return Row("soak", quality=figures, note=f"slope of resident memory over {frames} frames of the embedded model")
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _viewed(address: str, picture: bytes, frames: int) -> Iterator[int]:
+    """A viewer who waits for each picture before sending the next frame: the number of pictures so far."""
+    cookie = urllib.request.urlopen(f"http://{address}/metrics").headers["set-cookie"].split(";")[0]
+    with connect(f"ws://{address}/live", origin=Origin(f"http://{address}"), additional_headers={"Cookie": cookie},
+                 max_size=None) as socket:  # fmt: skip
+        for number in range(frames):
+            socket.send(messages.frame_in(number, 0.0, picture))
+            while isinstance(data := socket.recv(), str) or isinstance(messages.read_frame_out(data), int):
+                pass
+            socket.send(messages.painted(number, 1.0))
+            yield number
+
+
+@contextlib.contextmanager
+def _loop_watched(loop: asyncio.AbstractEventLoop) -> Iterator[list[float]]:
+    """How much later than asked the server's event loop came back, each time in seconds."""
+    gaps: list[float] = []
+    ended = threading.Event()
+
+    async def watch() -> None:
+        while not ended.is_set():
+            before = loop.time()
+            await asyncio.sleep(0.005)
+            gaps.append(loop.time() - before - 0.005)
+
+    future = asyncio.run_coroutine_threadsafe(watch(), loop)
+    try:
+        yield gaps
+    finally:
+        ended.set()
+        future.result(10)
 
 
 def slow_neighbour() -> Row:
@@ -174,9 +261,9 @@ def slow_neighbour() -> Row:
         if neighbour:
             sessions.append(_timed_session(clock, lambda stream: 6.0))
             sessions[1].on_ready = lambda: None
-        for number, one in enumerate(sessions):
+        for one in sessions:
             worker.add(one)
-            camera(clock, one, FPS, 60, start=number * 0.011)
+            camera(clock, one, FPS, 60)
         pass_time(clock, worker.run_one, 60)
         return percentile(session.ledger.ages(), 95)
 
@@ -211,7 +298,7 @@ def deadline() -> Row:
 
     settings = Settings("a big green circle on a plain white background", steps=4, strength=0.6)
     with LiveModel(None, settings) as model:
-        model.rungs = measure(model.ladder(), model._timed)
+        model.rungs = worthwhile(measure(model.ladder(), model._timed), 1000 / FPS)
         # a camera slow enough and a target wide enough for the model as measured, too tight for it at half speed
         asked = model.rungs[0].cost_ms
         model.interval_ms = 1.3 * asked

@@ -10,7 +10,7 @@ from fastdiff_app.outputs import check_writable
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # modules of benchmarks/ that are not benchmarks themselves
-_SUPPORT = ("card", "chromium", "full_size", "record", "readme")
+_SUPPORT = ("card", "chromium", "full_size", "page", "record", "readme", "slow_line")
 
 
 def names() -> list[str]:

@@ -37,6 +37,15 @@ class Picture:
             raise ValueError(f"a picture's scale must be 0 to 2, got {self.scale!r}")
 
 
+def resized(picture: Picture, height: int, width: int) -> Picture:
+    """The same condition with its uint8 ``[H, W, 3]`` picture of this size."""
+    if tuple(picture.image.shape[:2]) == (height, width):
+        return picture
+    pixels = torch.from_numpy(picture.image).permute(2, 0, 1)[None].float()  # [1, 3, H, W]
+    made = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    return Picture(made[0].permute(1, 2, 0).round().to(torch.uint8).numpy(), picture.scale)
+
+
 def adapter_width(module: Any) -> int | None:
     """Image embeddings' width where an IP-Adapter is loaded, else None."""
     projection = getattr(module, "encoder_hid_proj", None)

@@ -109,7 +109,7 @@ def test_doctor_says_what_can_act(program: Any) -> None:
 
 
 def test_every_command_explains_itself(program: Any) -> None:
-    for command in ("generate", "stream", "batch", "doctor", "warmup", "bench"):
+    for command in ("generate", "stream", "replay", "demo", "batch", "doctor", "warmup", "bench"):
         ran = program(command, "--help")
         assert ran.code == ExitCode.OK
         assert "--help" in ran.out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +12,7 @@ from fastdiff_app.console import err
 from fastdiff_app.failures import ExitCode, Failure, is_installed, one_line, require_torch
 
 PROMPT = "a big green circle on a plain white background"
+STEPS, STRENGTH = 2, 0.75
 
 
 def demo(
@@ -47,27 +50,46 @@ def demo(
     user = None if auth is None else tuple(auth.split(":", 1))
     serving = Serving(host, port, user, https, max_users, record)  # type: ignore[arg-type]
     with ExitStack() as held:
-        settings = Settings(PROMPT, steps=2, strength=0.6)
+        # before the model is loaded, which may take minutes
+        listening = held.enter_context(_listening(host, port))
+        port = listening.getsockname()[1]
+        settings = Settings(PROMPT, steps=STEPS, strength=STRENGTH)
         try:
             live = held.enter_context(LiveModel(model, settings, plan, size, target_ms))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise Failure(ExitCode.MODEL, f"no live session of this model: {one_line(error)}") from error
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="fastdiff-", ignore_cleanup_errors=True)))
+        # what people upload and make is gone when the program ends
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(folder / "pictures"))
         options: dict[str, str] = {}
         if https:
-            folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="fastdiff-")))
             key, made = held.enter_context(certificate(host, folder))
             options = {"ssl_keyfile": key, "ssl_certfile": made}
         _advise(serving.host, port, https, auth is not None, is_local(host))
-        uvicorn.run(
+        config = uvicorn.Config(
             build(live, serving),
-            host=host,
-            port=port,
             log_level="warning",
             ws_per_message_deflate=False,
             ws_max_size=2 * pictures.MOST_BYTES,
             timeout_graceful_shutdown=3,
             **options,  # type: ignore[arg-type]
         )
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that nobody else has; port 0 is any that is free."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        # whoever comes before the page is ready waits and is not refused
+        made.listen()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise Failure(ExitCode.USAGE, f"cannot listen on {host}:{port} ({reason}); choose another --port") from error
+    return made
 
 
 def _advise(host: str, port: int, https: bool, locked: bool, local: bool) -> None:

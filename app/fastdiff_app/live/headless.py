@@ -110,7 +110,8 @@ class _Feeder(threading.Thread):
                 self.session.offer(frame, number, captured)
                 self.worker.wake()
         except Exception as error:
-            self.failure = error
+            # after the end it is only the session that takes no more
+            self.failure = None if self.ended.is_set() else error
         finally:
             self.ended.set()
             self.worker.wake()
@@ -121,6 +122,8 @@ def _until_ended(session: Any, worker: Any, feeder: _Feeder, write: Any, size: t
     import numpy as np
     from PIL import Image
 
+    from fastdiff_app.live.sinks import Ended
+
     def deliver() -> None:
         for one in session.take():
             picture = one.payload
@@ -129,13 +132,17 @@ def _until_ended(session: Any, worker: Any, feeder: _Feeder, write: Any, size: t
             write(picture)
             session.sent(one)
 
-    session.on_ready = deliver
+    # pictures are written between turns, so that a sink's trouble is no trouble of the session's
     feeder.start()
     try:
         while not (feeder.ended.is_set() and not session.waits):
             if not worker.run_one():
                 feeder.ended.wait(0.002)
+            deliver()
         session.drain()
+        deliver()
+    except Ended:
+        pass
     finally:
         feeder.ended.set()
         worker.remove(session)

@@ -6,6 +6,7 @@ little-endian.
 =========  ==================================================================
 to us      ``1, id: uint32, captured: float64`` and a picture's bytes
 to us      ``2, id: uint32, age_ms: float32, held back so far: uint32``: this picture was painted
+to us      ``3, what for: uint8, scale: float32`` and a picture's bytes: a condition, of ``CONDITIONS``
 from us    ``1, id: uint32, captured: float64, version: uint32`` and a picture's bytes
 from us    ``2, id: uint32``: this frame has arrived (which is all a window of frames in flight needs to know)
 =========  ==================================================================
@@ -19,9 +20,11 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-FRAME, ACKNOWLEDGEMENT = 1, 2
+FRAME, ACKNOWLEDGEMENT, CONDITION = 1, 2, 3
+CONDITIONS = ("control", "image_prompt")
 _FRAME_IN = struct.Struct("<BId")
 _PAINTED = struct.Struct("<BIfI")
+_CONDITION = struct.Struct("<BBf")
 _FRAME_OUT = struct.Struct("<BIdI")
 _ARRIVED = struct.Struct("<BI")
 MOST_TEXT = 16 * 1024
@@ -50,7 +53,16 @@ class Painted:
     held_back: int
 
 
-def read(data: bytes) -> FrameIn | Painted:
+@dataclass(frozen=True)
+class ConditionIn:
+    """A picture that frames from now on are to follow, and how much."""
+
+    name: str
+    scale: float
+    picture: bytes
+
+
+def read(data: bytes) -> FrameIn | Painted | ConditionIn:
     """A binary message, or `Wrong`."""
     kind = data[0] if data else None
     if kind == FRAME:
@@ -67,6 +79,13 @@ def read(data: bytes) -> FrameIn | Painted:
         if not math.isfinite(age):
             raise Wrong("an age must be a finite number")
         return Painted(frame_id, age, held)
+    if kind == CONDITION:
+        if len(data) <= _CONDITION.size:
+            raise Wrong("a condition without a picture")
+        _, number, scale = _CONDITION.unpack_from(data)
+        if number >= len(CONDITIONS):
+            raise Wrong(f"no condition has the number {number}; there are {', '.join(CONDITIONS)}")
+        return ConditionIn(CONDITIONS[number], scale, data[_CONDITION.size :])
     raise Wrong(f"no message begins with {kind}")
 
 
@@ -96,6 +115,11 @@ def arrived(frame_id: int) -> bytes:
 def frame_in(frame_id: int, captured_ms: float, picture: bytes) -> bytes:
     """What a browser sends; for clients in Python."""
     return _FRAME_IN.pack(FRAME, frame_id, captured_ms) + picture
+
+
+def condition(name: str, scale: float, picture: bytes) -> bytes:
+    """What a browser sends; for clients in Python."""
+    return _CONDITION.pack(CONDITION, CONDITIONS.index(name), scale) + picture
 
 
 def painted(frame_id: int, age_ms: float, held_back: int = 0) -> bytes:

@@ -11,6 +11,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 if TYPE_CHECKING:
     from fastdiff_app.live.server import Live
 
+SINGLE = {
+    "fps": "Frames shown a second",
+    "jitter_ms": "Mean difference of one frame's age from the next one's",
+    "first_frame_ms": "From the session's start to the first frame shown",
+    "prompt_to_pixel_frames": "Most frames shown until a new prompt was seen",
+    "energy_j_per_frame": "Joules of the accelerators by their driver",
+}
+
 
 def exposition(live: Live) -> bytes:
     """The text of `/metrics`; sessions are numbered by age and carry no name."""
@@ -34,6 +42,7 @@ class _Collector:
         ages = GaugeMetricFamily("fastdiff_age_ms", "Age of frames when shown", labels=["session", "quantile"])
         stages = GaugeMetricFamily("fastdiff_stage_ms", "Time in a stage", labels=["session", "stage", "quantile"])
         missed = CounterMetricFamily("fastdiff_deadlines_missed", "Frames older than asked", labels=["session"])
+        single = {key: GaugeMetricFamily(f"fastdiff_{key}", said, labels=["session"]) for key, said in SINGLE.items()}
         for number, found in enumerate(summaries):
             name = str(number)
             shown.add_metric([name], found["frames"]["shown"])
@@ -45,6 +54,9 @@ class _Collector:
             for stage, spread in found["stages_ms"].items():
                 for quantile, value in spread.items():
                     stages.add_metric([name, stage, quantile], value)
+            for key, family in single.items():
+                if found[key] is not None:
+                    family.add_metric([name], found[key])
             if found["deadline"]:
                 missed.add_metric([name], found["deadline"]["missed"])
-        yield from (shown, taken, dropped, ages, stages, missed)
+        yield from (shown, taken, dropped, ages, stages, missed, *single.values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastdiff_pipelines.settings import Settings
 
 IDENTITY = "identity"
 IDENTITY_SIZE = (512, 512)
+CHEAPEST = "fast"
 
 
 @dataclass
@@ -40,6 +42,8 @@ class LiveModel:
     report: str = ""
     rungs: tuple[Rung, ...] = ()
     _held: ExitStack = field(default_factory=ExitStack)
+    _others: dict[str, Any] = field(default_factory=dict)
+    _measured: dict[Any, tuple[Any, np.ndarray]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -47,17 +51,20 @@ class LiveModel:
         return self.name or "mini-sd, the embedded miniature"
 
     def __enter__(self) -> LiveModel:
+        plan = read_plan(self.plan)
         if self.name == IDENTITY:
             self.size = self.size or IDENTITY_SIZE
             return self
         self.pipe = load_pipeline(self.name, "image-to-image")
         if any(hasattr(one, "lora_A") for one in self.pipe.unet.modules()) if hasattr(self.pipe, "unet") else False:
             self.lora = LiveLora(self.pipe.unet)
-        handle = self._held.enter_context(accelerated(self.pipe, read_plan(self.plan)))
+        handle = self._held.enter_context(accelerated(self.pipe, plan))
         self.report = str(handle.report())
         self.size = self.size or native_size(self.pipe)
+        # a plan or a model that cannot stream says so now and not to the first viewer
+        self.open()
         if self.target_ms is not None:
-            self.rungs = measure(self.ladder(), self._timed)
+            self.rungs = worthwhile(measure(self.ladder(), self._timed), self.interval_ms)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -71,9 +78,29 @@ class LiveModel:
         height, width = (max(16, round(side * scale / 8) * 8) for side in self.size)
         if self.name == IDENTITY:
             return IdentityStream(height, width)
-        made = Stream(self.pipe, self.settings.prompt, height=height, width=width, **self.options())
+        made = Stream(self._planned(plan), self.settings.prompt, height=height, width=width, **self.options())
         made.warmup()
         return made
+
+    def _planned(self, plan: str | None) -> Any:
+        """The pipeline under another plan than the one asked for: one of its own, as plans change pipelines."""
+        if plan is None:
+            return self.pipe
+        if plan not in self._others:
+            made = load_pipeline(self.name, "image-to-image")
+            # what reuses a denoiser call cannot act on a stream, whose every call holds other frames
+            cheap = read_plan(plan)
+            cheap = replace(cheap, accelerations=[member for member in cheap if member.stage != "blocks"])
+            self._held.enter_context(accelerated(made, cheap))
+            self._others[plan] = made
+        return self._others[plan]
+
+    @property
+    def conditions(self) -> list[str]:
+        """The pictures that frames can follow besides their own: "control", "image_prompt"."""
+        found = ["control"] if getattr(self.pipe, "controlnet", None) is not None else []
+        adapted = getattr(getattr(self.pipe, "unet", None), "encoder_hid_proj", None) is not None
+        return found + (["image_prompt"] if adapted else [])
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of a stream with the settings viewers get at first."""
@@ -98,15 +125,19 @@ class LiveModel:
         fewer = [count for count in (3, 2, 1) if count < steps]
         found += [Rung(f"{k} steps", {"similarity": 0.98, "steps": k}, depth=k) for k in fewer]
         last = fewer[-1] if fewer else steps
-        found.append(Rung("half size", {"similarity": 0.98, "steps": last, "scale": 0.5}, depth=last))
+        small = {"similarity": 0.98, "steps": last, "scale": 0.5}
+        found.append(Rung("half size", small, depth=last))
+        # adapters that move live are in the weights of one pipeline only
+        if self.plan != CHEAPEST and self.lora is None and self.name != IDENTITY:
+            found.append(Rung(f"half size, plan {CHEAPEST}", {**small, "plan": CHEAPEST}, depth=last))
         return found
 
     def _timed(self, rung: Rung) -> float:
         """One full push at a rung."""
-        key = (rung.changes.get("scale", 1.0), rung.changes.get("steps"))
-        cache = self.__dict__.setdefault("_measured", {})
+        key = (rung.changes.get("scale", 1.0), rung.changes.get("steps"), rung.changes.get("plan"))
+        cache = self._measured
         if key not in cache:
-            stream = self.open(key[0])
+            stream = self.open(key[0], key[2])
             if key[1]:
                 stream.update(steps=key[1])
             rng = np.random.default_rng(0)
@@ -118,3 +149,17 @@ class LiveModel:
         started = perf_counter()
         stream.push(frame)
         return (perf_counter() - started) * 1000
+
+
+def worthwhile(rungs: Sequence[Rung], interval_ms: float) -> tuple[Rung, ...]:
+    """The rungs without those that gave something up and, as measured, brought no time for it.
+
+    Rungs that change nothing but what is dropped or skipped cost the same by design, and stay.
+    """
+    kept: list[Rung] = []
+    for rung in rungs:
+        gives_up = bool(rung.changes.keys() - {"similarity"})
+        if kept and gives_up and rung.inside_ms(1.0, interval_ms) > 0.95 * kept[-1].inside_ms(1.0, interval_ms):
+            continue
+        kept.append(rung)
+    return tuple(kept)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -49,19 +51,33 @@ class Live:
         self.started = time.time()
         self.viewers = 0
         self.refused = 0
+        # Gradio's handlers run in threads, the WebSocket's in the event loop
+        self._lock = threading.Lock()
 
     def session(self, **options: Any) -> LiveSession:
         """A new viewer's session."""
+        usual = {"unpack": pictures.decode, "pack": pictures.encode, "acknowledged": True}
         return LiveSession(
             self.model.open,
             self.model.controls(),
-            unpack=pictures.decode,
-            pack=pictures.encode,
             controller=self.model.controller(),
             lora=self.model.lora,
-            acknowledged=True,
-            **options,
+            **(usual | options),
         )
+
+    def enter(self) -> None:
+        """Take one of the places, or ValueError where there is none."""
+        with self._lock:
+            if self.viewers < self.serving.max_users:
+                self.viewers += 1
+                return
+            self.refused += 1
+        raise ValueError(f"{self.viewers} people are here already, which is all this server allows; try again later")
+
+    def leave(self) -> None:
+        """Give a place back."""
+        with self._lock:
+            self.viewers -= 1
 
     def record(self, session: LiveSession, on: bool) -> str | None:
         """Start or end a recording; the file's name."""
@@ -82,21 +98,20 @@ class Live:
     async def serve(self, socket: WebSocket) -> None:
         """A viewer's WebSocket, from hello to goodbye."""
         await socket.accept()
-        if self.viewers >= self.serving.max_users:
-            self.refused += 1
-            reason = f"{self.viewers} people are here already, which is all this server allows; try again later"
-            await socket.send_json({"type": "error", "fatal": True, "message": reason})
+        try:
+            self.enter()
+        except ValueError as error:
+            await socket.send_json({"type": "error", "fatal": True, "message": str(error)})
             await socket.close(BUSY, "busy")
             return
-        self.viewers += 1
         try:
-            viewer = Viewer(socket, self.worker, self.session, self.record)
+            viewer = Viewer(socket, self.worker, self.session, self.record, self.model.size or (512, 512))
             await socket.send_json(self.hello())
             await viewer.serve()
             if viewer.session.recording is not None:
                 viewer.session.recording.close()
         finally:
-            self.viewers -= 1
+            self.leave()
 
     def hello(self) -> dict[str, Any]:
         """What a page must know before it begins."""
@@ -108,7 +123,7 @@ class Live:
             "width": width,
             "settings": {"prompt": self.model.settings.prompt, **self.model.options()},
             "adapters": self.model.lora.scales if self.model.lora is not None else {},
-            "control": getattr(self.model.pipe, "controlnet", None) is not None,
+            "conditions": self.model.conditions,
             "target_ms": self.model.target_ms,
             "records": self.serving.recordings is not None,
         }
@@ -134,8 +149,12 @@ def build(model: LiveModel, serving: Serving, page: bool = True) -> Any:
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
+        # a collection over everything that torch and Gradio made would hold the loop up for a tenth of a second
+        gc.collect()
+        gc.freeze()
         with live.worker:
             yield
+        gc.unfreeze()
 
     app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.live = live

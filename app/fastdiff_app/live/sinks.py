@@ -1,4 +1,4 @@
-"""Where live pictures go: a file, a folder, a stream's URL, a virtual camera, or raw frames on standard output."""
+"""Where live pictures go: a file, a folder, a stream's URL, a window, a virtual camera, or raw frames to stdout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from fastdiff_app.failures import ExitCode, Failure, is_installed, one_line
 if TYPE_CHECKING:
     import numpy as np
 
+
+class Ended(Exception):
+    """Whoever looked has gone, as by closing the window; nothing is wrong."""
+
+
 URLS = {"rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "udp": "mpegts"}
+SMALLEST_WINDOW = 512
 
 
 @contextmanager
@@ -24,7 +30,7 @@ def sink(target: str, fps: float, height: int, width: int) -> Iterator[Callable[
 
     Args:
         target: a video file, a folder (made if its name has no suffix), an RTMP or SRT URL, "virtual" for a virtual
-            camera (package pyvirtualcam), or "-" for raw frames on standard output.
+            camera (package pyvirtualcam), "window", or "-" for raw frames on standard output.
 
     Raises:
         Failure: it cannot be written.
@@ -34,6 +40,9 @@ def sink(target: str, fps: float, height: int, width: int) -> Iterator[Callable[
         yield _standard_output
     elif target == "virtual":
         with _virtual(fps, height, width) as write:
+            yield write
+    elif target == "window":
+        with _window(height, width) as write:
             yield write
     elif "://" in target:
         if scheme not in URLS:
@@ -47,7 +56,8 @@ def sink(target: str, fps: float, height: int, width: int) -> Iterator[Callable[
     elif Path(target).suffix == "":
         yield _Folder(Path(target))
     else:
-        raise Failure(ExitCode.USAGE, f"{target}: write a {', '.join(video.SUFFIXES)} file, a folder, a URL or -")
+        files = ", ".join(video.SUFFIXES)
+        raise Failure(ExitCode.USAGE, f"{target}: write a {files} file, a folder, a URL, window or -")
 
 
 class _Folder:
@@ -84,6 +94,38 @@ def _url(target: str, container_format: str, fps: float, height: int, width: int
             container.mux(stream.encode(None))
     except (av.FFmpegError, OSError) as error:
         raise Failure(ExitCode.OUTPUT, f"cannot send to {target}: {one_line(error)}") from error
+
+
+@contextmanager
+def _window(height: int, width: int) -> Iterator[Callable[[np.ndarray], None]]:
+    if not is_installed("tkinter"):
+        raise Failure(ExitCode.MISSING, "a window needs Python's tkinter (Debian: apt install python3-tk)")
+    import tkinter
+
+    from PIL import Image, ImageTk
+
+    try:
+        root = tkinter.Tk()
+    except tkinter.TclError as error:
+        raise Failure(ExitCode.OUTPUT, f"no window: {one_line(error)}") from error
+    root.title("fastdiff")
+    # small models' pictures by whole multiples, so that they can be seen
+    times = max(1, SMALLEST_WINDOW // max(height, width))
+    shown = ImageTk.PhotoImage("RGB", (width * times, height * times))
+    tkinter.Label(root, image=shown, borderwidth=0).pack()
+    closed: list[bool] = []
+    root.protocol("WM_DELETE_WINDOW", lambda: closed.append(True))
+
+    def write(picture: np.ndarray) -> None:
+        shown.paste(Image.fromarray(picture.repeat(times, axis=0).repeat(times, axis=1)))
+        root.update()
+        if closed:
+            raise Ended
+
+    try:
+        yield write
+    finally:
+        root.destroy()
 
 
 @contextmanager

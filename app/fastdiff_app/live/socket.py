@@ -16,7 +16,8 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fastdiff_app.live import messages, pictures
-from fastdiff_app.live.messages import FrameIn, Painted, Wrong
+from fastdiff_app.live.messages import CONDITIONS, ConditionIn, FrameIn, Painted, Wrong
+from fastdiff_pipelines.conditions import Picture
 from fastdiff_pipelines.live import LiveSession, LiveWorker
 
 REPORT_S = 0.5
@@ -60,10 +61,18 @@ class Viewer:
     Args:
         open_session: makes a session, given what to call when there are pictures and when something is wrong.
         record: starts (True) or ends the session's recording and gives the file's name.
+        size: (height, width) of the model's pictures.
     """
 
-    def __init__(self, socket: WebSocket, worker: LiveWorker, open_session: Callable[..., LiveSession], record: Any):
-        self.socket, self.worker, self.record = socket, worker, record
+    def __init__(
+        self,
+        socket: WebSocket,
+        worker: LiveWorker,
+        open_session: Callable[..., LiveSession],
+        record: Callable[[LiveSession, bool], str | None],
+        size: tuple[int, int],
+    ):
+        self.socket, self.worker, self.record, self.size = socket, worker, record, size
         self.loop = asyncio.get_running_loop()
         self.ready = asyncio.Event()
         self.session = open_session(on_ready=self._on_ready, on_problem=self._on_problem)
@@ -74,6 +83,7 @@ class Viewer:
         self._texts = Rate(60, 60, at=worker.clock())
         self._sending = asyncio.Lock()
         self._problems: set[asyncio.Task[None]] = set()
+        self._conditions: dict[str, Picture] = {}
 
     async def serve(self) -> None:
         """Until the viewer leaves, says nothing for a minute, or breaks the rules too often."""
@@ -120,6 +130,9 @@ class Viewer:
             self.session.painted(message.frame_id, message.age_ms)
             return
         now = self.worker.clock()
+        if isinstance(message, ConditionIn):
+            await self._condition(message, now)
+            return
         if not self._frames.take(now):
             self.session.ledger.admit()
             self.session.ledger.drop("rate")
@@ -137,6 +150,26 @@ class Viewer:
         self.session.offer(message.picture, message.frame_id, captured)
         self.worker.wake()
         await self._send(messages.arrived(message.frame_id))
+
+    async def _condition(self, message: ConditionIn, now: float) -> None:
+        if not self._texts.take(now):
+            raise Wrong("more than 60 settings a second")
+        # a large picture takes longer to decode than an event loop may stand still
+        image = await asyncio.to_thread(pictures.decode, message.picture, *self.size)
+        self._conditions[message.name] = Picture(image, message.scale)
+        version = self.session.change(0.0, **{message.name: self._conditions[message.name]})
+        await self._say(type="settings", version=version, changes=[message.name])
+
+    def _scaled(self, name: str, value: Any) -> Picture | None:
+        if value is None:
+            self._conditions.pop(name, None)
+            return None
+        if name not in self._conditions:
+            raise Wrong(f"send a picture first; {name} has none")
+        if not isinstance(value, dict) or set(value) != {"scale"}:
+            raise Wrong(f"{name} is an object with a scale, or null")
+        self._conditions[name] = Picture(self._conditions[name].image, value["scale"])
+        return self._conditions[name]
 
     def _note_held(self, message: Painted) -> None:
         more = min(max(0, message.held_back - self._held), 1000)
@@ -163,8 +196,7 @@ class Viewer:
         unknown = [name for name in changes if name not in CONTROLS and not str(name).startswith("lora:")]
         if unknown:
             raise Wrong(f"{', '.join(map(str, unknown))[:100]} cannot be set; these can: {', '.join(CONTROLS)}")
-        given = {name: _picture(value) if name in ("control", "image_prompt") else value
-                 for name, value in changes.items()}  # fmt: skip
+        given = {name: self._scaled(name, value) if name in CONDITIONS else value for name, value in changes.items()}
         version = self.session.change(message.get("seconds", 0.0), **given)
         await self._say(type="settings", version=version, changes=list(changes))
 
@@ -211,22 +243,3 @@ class Viewer:
         self._problems.discard(task)
         if not task.cancelled():
             task.exception()
-
-
-def _picture(value: Any) -> Any:
-    """A condition's picture as JSON has it: ``{"jpeg": base64, "scale": number}``, or None."""
-    import base64
-    import io
-
-    from PIL import Image
-
-    from fastdiff_pipelines.conditions import Picture
-
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("jpeg"), str):
-        raise Wrong("a picture is an object with jpeg (base64) and scale, or null")
-    data = base64.b64decode(value["jpeg"], validate=True)
-    with Image.open(io.BytesIO(data), formats=pictures.FORMATS) as image:
-        height, width = image.height, image.width
-    return Picture(pictures.decode(data, height, width), float(value.get("scale", 1.0)))

@@ -3,10 +3,10 @@
 from fastdiff_pipelines.live.controller import Budget, DeadlineController, Decision, Rung, measure
 from fastdiff_pipelines.live.controls import Controls
 from fastdiff_pipelines.live.identity import IdentityStream
-from fastdiff_pipelines.live.ledger import Journey, Ledger
+from fastdiff_pipelines.live.ledger import Finished, Journey, Ledger
 from fastdiff_pipelines.live.lora import LiveLora
 from fastdiff_pipelines.live.recording import Recording, replay
-from fastdiff_pipelines.live.session import Finished, LiveSession
+from fastdiff_pipelines.live.session import LiveSession
 from fastdiff_pipelines.live.turns import Turns, jain
 from fastdiff_pipelines.live.worker import LiveWorker
 

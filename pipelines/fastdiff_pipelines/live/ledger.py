@@ -46,6 +46,15 @@ class Journey:
         self.stages[stage] = self.stages.get(stage, 0.0) + milliseconds
 
 
+@dataclass
+class Finished:
+    """A picture on its way out: `payload` is what the session's `pack` made of it."""
+
+    journey: Journey
+    payload: Any
+    packed: float
+
+
 class Ledger:
     """Latencies, ages, drops and deadlines of one session; safe to use from several threads.
 

@@ -7,6 +7,7 @@ so a replay depends on nothing but the model, the plan and the machine, and must
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zlib
@@ -114,8 +115,6 @@ def replay(
         open: makes streams as it did for the session that was recorded.
         on_output: is given every output.
     """
-    from fastdiff_pipelines.live.session import digest
-
     found = Replayed()
     streams: dict[tuple[float, str | None], Any] = {}
     stream: Any = None
@@ -146,6 +145,11 @@ def replay(
                     found.different += 1
                     found.first_different = found.first_different or name
     return found
+
+
+def digest(image: Any) -> str:
+    """SHA-256 of a uint8 ``[H, W, 3]`` picture."""
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ lets the model run. Only the worker touches streams, so settings change between 
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 import threading
 import time
@@ -15,29 +14,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fastdiff_pipelines.conditions import Picture, resized
 from fastdiff_pipelines.latest import Captured, LatestFrame
 from fastdiff_pipelines.live.controller import DeadlineController, Decision, Rung
 from fastdiff_pipelines.live.controls import Controls
-from fastdiff_pipelines.live.ledger import Journey, Ledger
-from fastdiff_pipelines.live.recording import Recording
+from fastdiff_pipelines.live.ledger import Finished, Journey, Ledger
+from fastdiff_pipelines.live.recording import Recording, digest
 from fastdiff_pipelines.slots import NotFinite, Output
 
 OUTBOX = 2
+UNREAD_S = 1.0
 UNACKNOWLEDGED = 256
 MOST_FAILURES = 3
 AROUND = ("uplink", "unpack", "pack", "send", "paint")
 
 Open = Callable[[float, str | None], Any]
 """Gives a stream with `Stream`'s interface for a share of the picture's sides and a plan's name."""
-
-
-@dataclass
-class Finished:
-    """A picture on its way out: `payload` is what `pack` made of it."""
-
-    journey: Journey
-    payload: Any
-    packed: float
 
 
 @dataclass
@@ -185,7 +177,10 @@ class LiveSession:
     def waits(self) -> bool:
         """Whether a frame is waiting for its turn."""
         inbox = self._inbox
-        return not self.closed and inbox.put_count > inbox.taken_count + inbox.dropped_count
+        if self.closed or inbox.put_count <= inbox.taken_count + inbox.dropped_count:
+            return False
+        # whoever does not read shall not cost others much, but what waits for him must not grow old either
+        return len(self._outbox) < OUTBOX or self.clock() - self._pushed_at >= UNREAD_S
 
     def idle(self, now: float, after_s: float) -> bool:
         """Whether frames are inside and nothing has followed them for a while."""
@@ -264,6 +259,8 @@ class LiveSession:
             wanted["steps"] = min(wanted["steps"], extra.pop("steps"))
             wanted["timesteps"] = None
         wanted |= extra
+        if wanted["control"] is not None:
+            wanted["control"] = self._sized(wanted["control"])
         if "similarity" in self._applied and "similarity" not in wanted:
             wanted["similarity"] = None
         changes = {name: value for name, value in wanted.items() if self._applied.get(name, _NOTHING) != value}
@@ -271,6 +268,16 @@ class LiveSession:
             self._apply(changes)
             self._applied = wanted
         self._applied_version = version
+
+    def _sized(self, picture: Picture) -> Picture:
+        """A ControlNet's picture at the size in force; the same object for the same picture."""
+        key = id(picture), tuple(self._stream.size)
+        if self._fitting is None or self._fitting[0] != key:
+            self._fitting = key, picture, resized(picture, *self._stream.size)
+        return self._fitting[2]
+
+    # holds the picture asked for too, or its id might come back as another's
+    _fitting: tuple[Any, Picture, Picture] | None = None
 
     def _apply(self, changes: dict[str, Any]) -> None:
         scales = {name.removeprefix("lora:"): changes.pop(name) for name in list(changes) if name.startswith("lora:")}
@@ -388,8 +395,3 @@ class LiveSession:
 
 
 _NOTHING = object()
-
-
-def digest(image: Any) -> str:
-    """SHA-256 of a uint8 ``[H, W, 3]`` picture."""
-    return hashlib.sha256(image.tobytes()).hexdigest()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fastdiff_app import images, video
-from fastdiff_app.failures import Failure
+from fastdiff_app.failures import ExitCode, Failure
 from fastdiff_app.live import sources
-from fastdiff_app.live.sinks import sink
+from fastdiff_app.live.sinks import Ended, sink
 
 STREAM = ("stream", "--model", "identity", "--size", "64")
 
@@ -97,11 +97,34 @@ def test_frames_are_paced_by_the_clock_and_late_ones_do_not_wait() -> None:
     assert slept == pytest.approx([0.05])
 
 
-def test_raw_pictures_and_folders_are_sinks(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_raw_pictures_and_folders_are_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
     with sink(str(tmp_path / "out"), 30, 8, 8) as write:
         write(picture)
     assert np.array_equal(np.asarray(images.read_image(tmp_path / "out" / "000000.png")), picture)
-    for wrong in ("ftp://x", "file.gif"):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    for wrong in ("ftp://x", "file.gif", "window", "virtual"):
         with pytest.raises(Failure), sink(wrong, 30, 8, 8):
             pass
+
+
+def test_a_sink_that_breaks_ends_the_run_with_its_own_words(
+    program, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(folder: object, picture: np.ndarray) -> None:
+        raise Failure(ExitCode.OUTPUT, "the disk is full")
+
+    monkeypatch.setattr("fastdiff_app.live.sinks._Folder.__call__", broken)
+    ran = program(*STREAM, "--source", clip, "--sink", "out", "--fps", 60)
+    assert ran.code == ExitCode.OUTPUT
+    assert "the disk is full" in ran.err
+
+
+def test_closing_the_window_is_an_end_like_any_other(program, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(folder: object, picture: np.ndarray) -> None:
+        raise Ended
+
+    monkeypatch.setattr("fastdiff_app.live.sinks._Folder.__call__", closed)
+    ran = program(*STREAM, "--source", clip, "--sink", "out", "--fps", 60, "--json", "ledger.json")
+    assert ran.code == ExitCode.OK, ran.err
+    assert json.loads(Path("ledger.json").read_text())["frames"]["shown"] == 0

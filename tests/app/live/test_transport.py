@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import struct
+import threading
 
 import httpx
 import numpy as np
@@ -16,6 +17,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from fastdiff_app.live import messages, pictures
 from fastdiff_app.live.messages import Wrong
+from fastdiff_app.live.model import LiveModel
+from fastdiff_pipelines.live import IdentityStream
+from fastdiff_pipelines.settings import Settings
 
 
 def test_a_frame_comes_back_with_its_id_and_the_ledger_adds_up(server, jpeg, picture_of, text_of) -> None:
@@ -191,6 +195,88 @@ def test_two_viewers_see_their_own_frames_and_settings_only(server, picture_of, 
     asyncio.run(main())
 
 
+def test_a_condition_is_a_picture_of_the_models_size_whose_scale_moves(server, text_of) -> None:
+    large = pictures.encode(np.zeros((300, 400, 3), np.uint8))
+
+    async def main() -> None:
+        async with server.viewer() as socket:
+            await socket.send(json.dumps({"type": "set", "changes": {"control": {"scale": 0.5}}}))
+            assert "send a picture first" in (await text_of(socket, "error"))["message"]
+            await socket.send(messages.condition("control", 0.25, large))
+            assert (await text_of(socket, "settings"))["changes"] == ["control"]
+            session = server.live.worker.sessions[0]
+            assert session.controls.settings.control.image.shape == (32, 32, 3)
+            assert session.controls.settings.control.scale == 0.25
+            await socket.send(json.dumps({"type": "set", "changes": {"control": {"scale": 0.5}}}))
+            await text_of(socket, "settings")
+            assert session.controls.settings.control.scale == 0.5
+            for scale in (7.0, float("nan")):
+                await socket.send(messages.condition("control", scale, large))
+                assert "scale must be" in (await text_of(socket, "error"))["message"]
+            await socket.send(json.dumps({"type": "set", "changes": {"control": None}}))
+            await text_of(socket, "settings")
+            assert session.controls.settings.control is None
+
+    asyncio.run(main())
+
+
+def test_a_busy_model_keeps_nobody_from_an_answer(live_server, jpeg, picture_of, text_of) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    class Busy(IdentityStream):
+        def push(self, frame=None, frame_id=None, captured=None):
+            began.set()
+            assert go_on.wait(60)
+            return super().push(frame, frame_id, captured)
+
+    class Model(LiveModel):
+        def open(self, scale=1.0, plan=None):
+            return Busy(32, 32)
+
+    async def main(server) -> None:
+        async with server.viewer() as one, server.viewer() as other, httpx.AsyncClient() as client:
+            await one.send(messages.frame_in(0, 0.0, jpeg))
+            assert await asyncio.to_thread(began.wait, 60)
+            await other.send(json.dumps({"type": "ping", "sent": 7}))
+            assert (await text_of(other, "pong"))["sent"] == 7
+            assert (await client.get(f"http://{server.address}/health")).json()["ready"]
+            go_on.set()
+            assert (await picture_of(one))[0] == 0
+
+    with live_server(Model("identity", Settings(""), size=(32, 32))) as server:
+        asyncio.run(main(server))
+
+
+def test_who_never_reads_is_shown_out_and_holds_nobody_up(live_server, jpeg, picture_of, monkeypatch) -> None:
+    monkeypatch.setattr("fastdiff_app.live.socket.SEND_TIMEOUT_S", 1.0)
+    noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8)
+    heavy = pictures.encode(noise)
+
+    async def main(server) -> None:
+        cookie = server.cookie()
+        deaf = await server.viewer(Cookie=cookie)
+        deaf.transport.pause_reading()
+        stuffed = asyncio.create_task(_stuff(deaf, heavy))
+        async with server.viewer(Cookie=cookie) as socket:
+            for number in range(20):
+                await socket.send(messages.frame_in(number, 0.0, heavy))
+                assert (await picture_of(socket))[0] == number
+            while len(server.live.worker.sessions) > 1:
+                await asyncio.sleep(0.05)
+        stuffed.cancel()
+        deaf.transport.abort()
+
+    with live_server(LiveModel("identity", Settings(""))) as server:
+        asyncio.run(main(server))
+
+
+async def _stuff(socket, data: bytes) -> None:
+    with contextlib.suppress(ConnectionClosed):
+        for number in range(100_000):
+            await socket.send(messages.frame_in(number, 0.0, data))
+            await asyncio.sleep(0.02)
+
+
 def test_health_and_metrics_say_what_the_ledger_knows(server, jpeg, picture_of) -> None:
     async def main() -> str:
         async with server.viewer() as socket:
@@ -212,11 +298,11 @@ def test_health_and_metrics_say_what_the_ledger_knows(server, jpeg, picture_of) 
 
 
 @settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.one_of(st.binary(max_size=64), st.builds(bytes.__add__, st.sampled_from([b"\x01", b"\x02"]),
+@given(st.one_of(st.binary(max_size=64), st.builds(bytes.__add__, st.sampled_from([b"\x01", b"\x02", b"\x03"]),
                                                     st.binary(max_size=40))))  # fmt: skip
 def test_ten_thousand_random_messages_are_read_or_refused(data: bytes) -> None:
     with contextlib.suppress(Wrong):
-        assert messages.read(data).frame_id >= 0
+        assert isinstance(messages.read(data), messages.FrameIn | messages.Painted | messages.ConditionIn)
 
 
 @settings(max_examples=2_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import io
+import json
 import tempfile
 import threading
 import zipfile
@@ -17,6 +18,7 @@ import numpy as np
 
 from fastdiff_app.failures import Failure, one_line
 from fastdiff_app.live.model import IDENTITY
+from fastdiff_app.live.page.fallback import fallback
 from fastdiff_app.live.page.look import CSS, THEME
 from fastdiff_app.live.page.models import Studio
 
@@ -38,15 +40,15 @@ def mount(app: FastAPI, live: Live) -> FastAPI:
         studio = Studio(name, live.model.plan)
         with gr.Tabs():
             with gr.Tab("Live", id="live"):
-                _live()
+                _live(live, blocks)
             with gr.Tab("Generate", id="generate"):
                 _generate(studio)
             with gr.Tab("Compare", id="compare"):
                 _compare(studio)
             with gr.Tab("Batch", id="batch"):
                 _batch(name)
-            with gr.Tab("About this machine", id="about"):
-                _about(live)
+            with gr.Tab("About this machine", id="about") as about:
+                _about(live, about)
     return gr.mount_gradio_app(
         app, blocks, path="/", server_name=live.serving.host, server_port=live.serving.port, theme=THEME, css=CSS,
         footer_links=[], show_error=True, max_file_size="16mb", enable_monitoring=False,
@@ -54,19 +56,21 @@ def mount(app: FastAPI, live: Live) -> FastAPI:
 
 
 def _head(live: Live) -> None:
-    where = "" if live.serving.https else " · cameras need https or localhost"
     title = html.escape(live.model.title)
-    gr.HTML(f'<div class="fd-head"><h1>fastdiff</h1><span>{title}{where}</span></div>')
+    gr.HTML(f'<div class="fd-head"><h1>fastdiff</h1><span>{title}</span></div>', padding=False)
 
 
-def _live() -> None:
+def _live(live: Live, blocks: gr.Blocks) -> None:
+    # what the page shows before anybody connects
+    hello = html.escape(json.dumps(live.hello()), quote=True)
     gr.HTML(
-        html_template=(HERE / "live.html").read_text("utf-8"),
+        html_template=(HERE / "live.html").read_text("utf-8").replace("HELLO", hello),
         css_template=(HERE / "live.css").read_text("utf-8"),
         js_on_load=(HERE / "live.js").read_text("utf-8"),
         elem_id="fd-live",
         apply_default_css=False,
     )
+    fallback(live, blocks)
 
 
 def _asked(prompt: str, negative: str, seed: float, steps: float, guidance: float) -> dict[str, Any]:
@@ -160,7 +164,7 @@ def _batch(name: str | None) -> None:
             lines = gr.Textbox("a red circle on a blue background\na small yellow square on a black background",
                                label="A prompt a line", lines=6)  # fmt: skip
             file = gr.File(label="Or a file of jobs (.txt, .csv, .jsonl)", file_types=[".txt", ".csv", ".jsonl"],
-                           height=110)  # fmt: skip
+                           height=140)  # fmt: skip
             with gr.Row():
                 steps = gr.Slider(1, 100, 25, step=1, label="Steps")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed")
@@ -168,7 +172,8 @@ def _batch(name: str | None) -> None:
             note = gr.Markdown(f"At most {MOST_JOB_LINES} at a time here; `fastdiff batch` takes millions.",
                                elem_classes="fd-note")  # fmt: skip
             bundle = gr.File(label="Download", interactive=False, visible=False)
-        gallery = gr.Gallery(label="Pictures", columns=4, height=540, object_fit="contain", format="png")
+        with gr.Column(scale=3, min_width=300):
+            gallery = gr.Gallery(label="Pictures", columns=4, height=540, object_fit="contain", format="png")
 
     def run(lines: str, file: str | None, steps: float, seed: float,
             bar: gr.Progress = gr.Progress()) -> Iterator[tuple[Any, str, Any]]:  # fmt: skip # noqa: B008
@@ -180,9 +185,16 @@ def _batch(name: str | None) -> None:
 def _batched(
     name: str | None, lines: str, file: str | None, steps: int, seed: int, bar: Any
 ) -> Iterator[tuple[Any, str, Any]]:
+    # Gradio copies what it shows, so nothing need stay here when the last picture has been handed over
+    with tempfile.TemporaryDirectory(prefix="fastdiff-batch-", ignore_cleanup_errors=True) as folder:
+        yield from _batched_in(Path(folder), name, lines, file, steps, seed, bar)
+
+
+def _batched_in(
+    folder: Path, name: str | None, lines: str, file: str | None, steps: int, seed: int, bar: Any
+) -> Iterator[tuple[Any, str, Any]]:
     from fastdiff_pipelines.batch import BatchJob, Item, JobError, read_jobs
 
-    folder = Path(tempfile.mkdtemp(prefix="fastdiff-batch-"))
     jobs_file = Path(file) if file else folder / "jobs.txt"
     if not file:
         jobs_file.write_text(lines, "utf-8")
@@ -227,16 +239,15 @@ def _made(folder: Path) -> list[str]:
     return sorted(str(path) for path in (folder / "out").rglob("*.png") if not path.name.startswith("."))
 
 
-def _about(live: Live) -> None:
+def _about(live: Live, tab: gr.Tab) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             gr.Markdown("### What is here")
-            text = gr.Code(label="fastdiff doctor", language=None, interactive=False, lines=18)
-            ask = gr.Button("Look again")
+            text = gr.Code(label="fastdiff doctor", language=None, interactive=False, lines=18, wrap_lines=True)
         with gr.Column(min_width=300):
             gr.Markdown("### What is engaged on the live model")
             gr.Code(live.model.report or "the identity model has nothing to accelerate", label="report", language=None,
-                    interactive=False)  # fmt: skip
+                    interactive=False, wrap_lines=True)  # fmt: skip
             gr.Markdown("`/health` and `/metrics` say for machines what the Live tab says for people.",
                         elem_classes="fd-note")  # fmt: skip
 
@@ -251,4 +262,4 @@ def _about(live: Live) -> None:
                           Console(file=file, highlight=False, soft_wrap=True, width=120))  # fmt: skip
         return file.getvalue()
 
-    ask.click(look, None, text, concurrency_limit=1)
+    tab.select(look, None, text, concurrency_limit=1)

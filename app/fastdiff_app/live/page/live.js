@@ -4,7 +4,7 @@ const root = $("live"), picture = $("picture"), camera = $("camera"), chart = $(
 const paint = picture.getContext("2d"), small = document.createElement("canvas"), ink = small.getContext("2d", { alpha: false });
 const MOST_IN_FLIGHT = 16;
 const S = { socket: null, hello: null, source: null, stream: null, next: 0, flying: new Map(), trips: [], offset: 0, bestTrip: 1e9, fps: 30,
-  held: 0, shown: 0, ids: [], ages: [], points: [], errors: [], lastFrame: 0, encoding: false, recording: false, ledger: null, times: [] };
+  held: 0, shown: 0, ids: [], ages: [], points: [], errors: [], lastFrame: 0, encoding: false, recording: false, ledger: null, times: [], mirrored: false };
 element.fastdiff = S;
 
 function say(text) { const box = $("message"); box.textContent = text || ""; box.hidden = !text; if (text) { S.errors.push(text); clearTimeout(say.timer); say.timer = setTimeout(() => say(""), 6000); } }
@@ -57,6 +57,8 @@ function send(at) {
   if (!w || !h) return;
   if (small.width !== width || small.height !== height) { small.width = width; small.height = height; }
   const side = Math.min(w / width, h / height), cutW = width * side, cutH = height * side;
+  // people expect a mirror of a camera that looks at them
+  ink.setTransform(S.mirrored ? -1 : 1, 0, 0, 1, S.mirrored ? width : 0, 0);
   ink.drawImage(S.source, (w - cutW) / 2, (h - cutH) / 2, cutW, cutH, 0, 0, width, height);
   S.encoding = true;
   small.toBlob(async (blob) => {
@@ -105,12 +107,16 @@ function report(message) {
   put("deadline", found.deadline ? (100 * found.deadline.rate).toFixed(1) + " % late" : "none set");
   $("deadline").title = message.rung || "";
   const total = Object.values(found.stages_ms).reduce((sum, one) => sum + one.p50, 0) || 1;
-  $("stages").replaceChildren(...Object.entries(found.stages_ms).map(([name, one]) => {
-    const bar = document.createElement("i");
-    bar.style.width = 100 * one.p50 / total + "%"; bar.style.background = TINTS[Object.keys(WORDS).indexOf(name)];
-    bar.title = (WORDS[name] || name) + ": " + one.p50.toFixed(1) + " ms";
-    return bar;
+  const stages = Object.entries(found.stages_ms).filter(([, one]) => one.p50 >= 0.01 * total);
+  const tint = (name) => { const made = document.createElement("i"); made.style.background = TINTS[Object.keys(WORDS).indexOf(name)]; return made; };
+  $("stages").replaceChildren(...stages.map(([name, one]) => { const bar = tint(name); bar.style.width = 100 * one.p50 / total + "%"; return bar; }));
+  $("legend").replaceChildren(...stages.map(([name, one]) => {
+    const line = document.createElement("li"), value = document.createElement("b");
+    value.textContent = one.p50.toFixed(one.p50 < 10 ? 1 : 0) + " ms"; line.append(tint(name), WORDS[name] || name, value);
+    return line;
   }));
+  const asked = !message.rung || message.rung === "as asked";
+  $("rung").hidden = asked; put("rung", asked ? "" : message.rung);
 }
 function draw() {
   const now = performance.now(), pen = chart.getContext("2d"), { width, height } = chart;
@@ -134,19 +140,21 @@ function draw() {
 }
 
 function ready(hello) {
+  root.style.setProperty("--fd-aspect", hello.width / hello.height);
   if (!$("prompt").value) $("prompt").value = hello.settings.prompt;
   for (const slider of element.querySelectorAll(".fd-slider")) {
     const name = slider.dataset.name, input = slider.querySelector("input");
     if (name in hello.settings && !slider.dataset.touched) { input.value = hello.settings[name]; label(slider); }
   }
   const adapters = $("adapters");
+  for (const box of element.querySelectorAll(".fd-condition")) box.hidden = !hello.conditions.includes(box.dataset.name);
   adapters.replaceChildren(...Object.keys(hello.adapters).map((name) => {
     const one = document.createElement("label"); one.className = "fd-field fd-slider"; one.dataset.name = "lora:" + name;
     const title = document.createElement("span"); title.append("LoRA " + name + " ", document.createElement("output"));
     const input = document.createElement("input"); Object.assign(input, { type: "range", min: 0, max: 1.5, step: 0.01, value: hello.adapters[name] });
     one.append(title, input); label(one); return one;
   }));
-  $("record").disabled = !hello.records;
+  $("record").disabled = !hello.records || !S.socket;
   $("record").title = hello.records ? "" : "Start the server with --record FOLDER to allow recordings";
 }
 function label(slider) {
@@ -160,9 +168,26 @@ element.addEventListener("input", (event) => {
     slider.dataset.touched = "1"; label(slider);
     const name = slider.dataset.name, value = +event.target.value;
     if (name === "seconds") return;
+    if (name === "control" || name === "image_prompt") { if (S.conditions.has(name)) set({ [name]: { scale: value } }); return; }
     set(name === "guidance_scale" ? { guidance: value > 1 ? "self" : "none", guidance_scale: value } : { [name]: value }, name === "seed" ? fade() : 0);
   }
   if (event.target === $("prompt")) { clearTimeout(S.typing); S.typing = setTimeout(() => { if ($("prompt").value.trim()) set({ prompt: $("prompt").value }, fade()); }, 250); }
+});
+const CONDITIONS = ["control", "image_prompt"];
+S.conditions = new Set(); S.lags = [];
+element.addEventListener("change", async (event) => {
+  const box = event.target.closest(".fd-condition");
+  if (!box || event.target.type !== "file") return;
+  const file = event.target.files[0], name = box.dataset.name;
+  if (!S.socket) return say("Start the camera first.");
+  if (!file) { S.conditions.delete(name); return set({ [name]: null }); }
+  const image = await createImageBitmap(file), side = Math.min(1, 1024 / Math.max(image.width, image.height)), made = document.createElement("canvas");
+  made.width = image.width * side; made.height = image.height * side; made.getContext("2d").drawImage(image, 0, 0, made.width, made.height);
+  made.toBlob(async (blob) => {
+    const bytes = new Uint8Array(await blob.arrayBuffer()), data = new Uint8Array(6 + bytes.length), view = new DataView(data.buffer);
+    view.setUint8(0, 3); view.setUint8(1, CONDITIONS.indexOf(name)); view.setFloat32(2, +box.querySelector("input[type=range]").value, true);
+    data.set(bytes, 6); S.socket.send(data); S.conditions.add(name);
+  }, "image/jpeg", 0.92);
 });
 $("retarget").addEventListener("change", () => set({ on_update: $("retarget").checked ? "retarget" : "finish" }));
 
@@ -172,19 +197,28 @@ async function go(kind) {
     if (kind === "camera") {
       if (!navigator.mediaDevices) throw new Error("Browsers give a camera only to https pages and to localhost. Start the server with --https, or open it as localhost.");
       S.stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 512 }, height: { ideal: 512 }, frameRate: { ideal: 30 } } });
+      S.mirrored = S.stream.getVideoTracks()[0].getSettings().facingMode !== "environment";
+      root.toggleAttribute("data-mirrored", S.mirrored);
       camera.srcObject = S.stream; await camera.play(); S.source = camera;
-    } else { S.source = scene(); }
+    } else { S.mirrored = false; S.source = scene(); }
     await connect();
-    root.dataset.state = kind;
+    root.dataset.state = kind; $("stop").disabled = $("snap").disabled = false;
     const changes = { prompt: $("prompt").value || S.hello.settings.prompt };
-    for (const slider of element.querySelectorAll(".fd-slider[data-touched]")) if (slider.dataset.name !== "seconds") changes[slider.dataset.name] = +slider.querySelector("input").value;
+    for (const slider of element.querySelectorAll(".fd-slider[data-touched]")) if (slider.dataset.name in S.hello.settings || slider.dataset.name.startsWith("lora:")) changes[slider.dataset.name] = +slider.querySelector("input").value;
     if (changes.guidance_scale > 1) changes.guidance = "self";
     set(changes);
     S.pings = setInterval(ping, 1000); S.drawing = setInterval(draw, 100);
     kind === "camera" ? watch() : animate();
   } catch (error) { stop(); say(error.name === "NotAllowedError" ? "The camera was not allowed. Allow it in the address bar, or use the test scene." : error.message); }
 }
-function watch() { if (S.source === camera) camera.requestVideoFrameCallback((now) => { send(performance.now()); watch(); }); }
+// the camera's own time where the browser tells it, so that an age counts from the glass and not from this script
+function taken(about) {
+  const now = performance.now(), at = about.captureTime;
+  const known = at !== undefined && at <= now && now - at < 1000;
+  S.lags.push(known ? now - at : 0); if (S.lags.length > 1000) S.lags.splice(0, 500);
+  return known ? at : now;
+}
+function watch() { if (S.source === camera) camera.requestVideoFrameCallback((now, about) => { send(taken(about)); watch(); }); }
 function scene() { const made = document.createElement("canvas"); made.width = made.height = 256; return made; }
 function animate() {
   const pen = S.source.getContext("2d"), source = S.source, begun = performance.now();
@@ -199,9 +233,11 @@ function animate() {
 }
 function stop() {
   root.dataset.state = "idle"; S.source = null;
+  for (const name of ["stop", "snap", "record"]) $(name).disabled = true;
   for (const name of ["pings", "drawing", "ticking"]) clearInterval(S[name]);
   if (S.stream) S.stream.getTracks().forEach((track) => track.stop());
   S.stream = null; camera.srcObject = null;
+  S.conditions.clear();
   const socket = S.socket; S.socket = null; S.hello = null;
   if (socket) { socket.onclose = null; socket.close(); }
 }
@@ -212,3 +248,6 @@ $("record").addEventListener("click", () => tell({ type: "record", on: !S.record
 $("snap").addEventListener("click", () => picture.toBlob((blob) => {
   const link = document.createElement("a"); link.href = URL.createObjectURL(blob); link.download = "fastdiff-" + Date.now() + ".png"; link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }));
+if (!window.isSecureContext) $("hint").textContent = "Browsers give cameras only to https pages and to localhost. Start the server with --https; the test scene works without.";
+ready(JSON.parse(root.dataset.hello));
+stop();

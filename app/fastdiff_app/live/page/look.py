@@ -25,6 +25,8 @@ THEME = gr.themes.Base(
     color_accent="#e4572e",
     block_border_width="0px",
     block_shadow="none",
+    block_radius="14px",
+    input_radius="10px",
 )
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; width: 100% !important; }
@@ -34,4 +36,5 @@ CSS = """
 .fd-head span { color: var(--body-text-color-subdued); font-size: 13.5px; }
 .fd-note { color: var(--body-text-color-subdued); font-size: 14px; }
 footer { display: none !important; }
+.fd-fallback { width: 100%; border-radius: 14px; }
 """

@@ -12,9 +12,9 @@ from peft import LoraConfig
 from fastdiff.acceleration import Unsupported
 from fastdiff_pipelines import Stream
 from fastdiff_pipelines.blending import blend, blend_conditioning, slerp
-from fastdiff_pipelines.conditions import Picture
+from fastdiff_pipelines.conditions import Picture, resized
 from fastdiff_pipelines.denoiser import UNet
-from fastdiff_pipelines.live import Controls, LiveLora
+from fastdiff_pipelines.live import Controls, IdentityStream, LiveLora, LiveSession
 from fastdiff_pipelines.settings import Settings
 
 
@@ -271,3 +271,24 @@ def test_pictures_without_a_model_for_them_are_refused() -> None:
         denoiser.pictures(Settings("a", image_prompt=picture))
     with pytest.raises(ValueError, match="0 to 2"):
         Picture(None, 3.0)
+
+
+def test_a_control_picture_follows_the_size_of_the_stream() -> None:
+    picture = Picture(np.full((64, 32, 3), 77, np.uint8), 0.5)
+    assert resized(picture, 64, 32) is picture
+    small = resized(picture, 32, 16)
+    assert small.image.shape == (32, 16, 3)
+    assert small.scale == 0.5
+    assert set(small.image.reshape(-1)) == {77}
+    seen: list[Picture] = []
+
+    class Watching(IdentityStream):
+        def update(self, **changes: Any) -> None:
+            seen.extend(changes[name] for name in ("control",) if changes.get(name) is not None)
+            super().update(**changes)
+
+    session = LiveSession(lambda scale, plan: Watching(16, 16), Controls(Settings("", control=picture)))
+    for number in range(3):
+        session.offer(np.zeros((16, 16, 3), np.uint8), number)
+        session.step()
+    assert [one.image.shape for one in seen] == [(16, 16, 3)]

@@ -137,11 +137,12 @@ def test_a_viewer_who_never_reads_loses_only_his_own_pictures() -> None:
         worker.add(session)
         camera(clock, session, FPS, 20)
     run(clock, worker.run_one, 20)
-    dropped = slow.ledger.summary()["frames"]["dropped"]
-    assert dropped["outbox"] == slow.ledger.admitted - 2
-    assert len(slow.take()) == 2
-    # one turn of the other is the most that sharing can add
-    assert _percentile(quick.ledger.ages(), 95) <= alone + 8.0 + 1e-6
+    # a turn a second keeps what waits for him fresh; all else would be work for nobody
+    assert 15 <= slow.ledger.summary()["frames"]["dropped"]["outbox"] <= 20
+    waiting = slow.take()
+    assert len(waiting) == 2
+    assert clock() - waiting[-1].journey.captured <= 1.1
+    assert _percentile(quick.ledger.ages(), 95) <= 1.2 * alone
 
 
 def _alone(cost: float) -> float:

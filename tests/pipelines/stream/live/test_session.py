@@ -28,6 +28,7 @@ def _record(path, make_toy, clip, toy_size) -> tuple[LiveSession, Any]:
             session.change(prompts=(("a", 0.5), ("b", 0.5)))
         session.offer(frame, number)
         assert worker.run_one()
+        session.take()
     session.drain()
     recording.close()
     return session, open
