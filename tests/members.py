@@ -9,8 +9,11 @@ from diffusers import AutoencoderTiny
 from fastdiff.anatomy import anatomy
 from fastdiff.attention.order import TokenOrder
 from fastdiff.attention.sparse import SparseAttention
+from fastdiff.caching.deep import DeepFeatures
 from fastdiff.caching.diffusers_cache import DiffusersCache
 from fastdiff.caching.forecast import Forecast
+from fastdiff.caching.guidance import GuidanceReuse
+from fastdiff.caching.units import UnitMask
 from fastdiff.quantization.layer_precision import LayerPrecision
 from fastdiff.quantization.stored import StoredWeights
 from fastdiff.quantization.w8a8 import W8A8
@@ -66,6 +69,9 @@ EXAMPLES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "quadratic": lambda pipe: Forecast(order=2, quantity="output"),
         "adaptive": lambda pipe: Forecast("adaptive", threshold=0.5, warm_up=2, max_run=2, quantity="residual"),
     },
+    "GuidanceReuse": {"repeat": lambda pipe: GuidanceReuse(warm_up=2)},
+    "DeepFeatures": {"two": lambda pipe: DeepFeatures(branch=1, warm_up=2)},
+    "UnitMask": {"attention": lambda pipe: UnitMask((("self-attention", "*", 0.0, 1.0),), warm_up=2)},
     "DiffusersCache": {
         "first_block": lambda pipe: DiffusersCache(threshold=0.5, warm_up=2),
         "taylorseer": lambda pipe: DiffusersCache(method="taylorseer", warm_up=2),

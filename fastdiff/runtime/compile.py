@@ -20,6 +20,8 @@ from fastdiff.hooks import Hooks
 SCOPES = ("auto", "regional", "whole")
 MARK = "_fastdiff_compiled"
 """Set on a denoiser while `Compile` acts on it, so that a stream knows to keep its calls at one shape."""
+LEAVES_OUT = "_fastdiff_leaves_out"
+"""Set on a module inside a denoiser that does not run at every step, and so cannot be part of a graph."""
 _RECOMPILE_LIMIT = 64
 
 
@@ -76,6 +78,8 @@ class Compile(Acceleration):
                 return Verdict(False, f"the {name} names no repeated blocks; use scope='whole'")
             regions = self._regions(module)
             inside = {hook for region in regions for part, hook, _ in diffusers_hooks(region) if part is not region}
+            if any(hasattr(part, LEAVES_OUT) for region in regions for part in region.modules() if part is not region):
+                return Verdict(False, f"an acceleration leaves layers of the {name} out, which breaks graphs")
             if inside:
                 return Verdict(
                     False, f"diffusers' {min(inside)} inside the {name}'s blocks breaks graphs; leave one out"
