@@ -1,5 +1,7 @@
 """Which accelerations can really act on a pipeline on this machine, why not, and how much memory a size will take."""
 
+import inspect
+import re
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -186,21 +188,51 @@ def _rows(pipe: Any) -> list[AuditRow]:
 
 def _silent(pipe: Any) -> list[str]:
     """What diffusers' own caches would do wrong on this model, most without saying so."""
-    from fastdiff.anatomy import anatomy, opens_cache_context, taylorseer_matches
+    from fastdiff.anatomy import anatomy, attentions, compiled_regions, opens_cache_context, taylorseer_matches
+    from fastdiff.caching.diffusers_cache import refusal
 
     parts = anatomy(pipe)
     found = []
     for name, denoiser in parts.denoisers.items():
+        if not hasattr(denoiser, "enable_cache"):
+            found.append(f"the {name} has no enable_cache: diffusers' caches are not meant for a {_kind(denoiser)}")
         if not taylorseer_matches(denoiser):
             found.append(f"diffusers' TaylorSeer with its default patterns matches no module of the {name}: a no-op")
-        if parts.guidance == "separate":
+        for method, called in (("first_block", "FirstBlockCache"), ("mag", "MagCache")):
+            reason = refusal(denoiser, method)
+            if reason:
+                found.append(f"diffusers' {called} on the {name}: it {reason}")
+        if parts.guidance == "separate" and attentions(denoiser):
             found.append(f"diffusers' PAB hands one guidance branch of the {name} the attention of the other")
         if not opens_cache_context(pipe):
             found.append(
-                f"{type(pipe).__name__} opens no cache context: diffusers' FirstBlockCache and TaylorSeer raise on the "
+                f"{_kind(pipe)} opens no cache context: diffusers' FirstBlockCache and TaylorSeer raise on the "
                 f"{name}, and MagCache mixes guidance branches"
             )
+        if not _passes_sigma(pipe):
+            found.append(f"{_kind(pipe)} tells caches no sigma: diffusers' SeaCache on the {name} is a no-op")
+        if compiled_regions(denoiser):
+            found.append(f"diffusers' MagCache after compile_repeated_blocks leaves every block of the {name} eager")
+    found.append("diffusers' caches keep their state when a call ends in an exception; the next picture differs")
     return found
+
+
+def _kind(part: Any) -> str:
+    from fastdiff.anatomy import public_class
+
+    return public_class(part).__name__
+
+
+def _passes_sigma(pipe: Any) -> bool:
+    """True when the pipeline's `__call__` gives `cache_context` the noise level that SeaCache needs."""
+    from fastdiff.anatomy import public_class
+
+    try:
+        source = inspect.getsource(inspect.unwrap(public_class(pipe).__call__))
+    except (OSError, TypeError):
+        return False
+    calls = re.findall(r"cache_context\((.*?)\):", source, flags=re.DOTALL)
+    return any("sigma=" in call for call in calls)
 
 
 def _machine(pipe: Any) -> str:

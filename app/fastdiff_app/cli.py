@@ -317,6 +317,39 @@ def distill(
 
 
 @app.command()
+def tune(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan, a .json file.")],
+    budget: Annotated[str | None, typer.Option(help="psnr>=30, ssim>=0.95 or attribute_drop<=1%.")] = None,
+    latency: Annotated[str | None, typer.Option(help="40ms or 1.5s for a picture, or 2.5x.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt a line; half to search with, half to prove on.")
+    ] = None,
+    steps: Steps = 28,
+    guidance: Guidance = 5.0,
+    size: Size = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Draw quality against latency into this .png.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page about it, .html.")] = None,
+    model: Model = None,
+) -> None:
+    """Find the fastest plan within a budget, and prove it on other prompts."""
+    from fastdiff_app import images
+    from fastdiff_app.tune import Wish
+    from fastdiff_app.tune import tune as run
+
+    wish = Wish(budget, latency, prompts, steps, guidance, images.parse_size(size), batch_size)
+    run(wish, output, model, plot, report)
+
+
+@app.command()
+def audit(model: Model = None) -> None:
+    """Say what can act on a model here, and what diffusers' own caches would do to it without a word."""
+    from fastdiff_app.tune import audit as run
+
+    run(model)
+
+
+@app.command()
 def warmup(
     shapes: Annotated[str, typer.Option(help="Comma-separated sizes, as in 512,768x512.")],
     guidance: Guidance = 5.0,

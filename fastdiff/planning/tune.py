@@ -216,7 +216,7 @@ class Planner:
         results = [self._judge(one, proof) for one in finalists]
         spent += sum(one.computed for one in finalists) / self.calibration.steps
         mine = min(result.seconds for result in results)
-        fewer = equal_latency(mine, self.study.latency, self.calibration.steps, least=2)
+        fewer = equal_latency(mine, self.study.latency, self.calibration.steps - 1, least=2)
         for control in controls(self.study.trajectories, computed, fewer.steps):
             results.append(self._judge(control, proof))
             spent += control.computed / self.calibration.steps

@@ -1,0 +1,133 @@
+"""The planner end to end on a tiny model: its accounts, its proof, its file, its pictures."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import fastdiff
+from fastdiff.acceleration import Unsupported
+from fastdiff.miniature.families import family
+from fastdiff.plan import Plan
+from fastdiff.planning import report
+from fastdiff.planning.budget import Budget
+from fastdiff.planning.measure import Recorder, Tape, Workload, line, outcome_weights, study
+from fastdiff.planning.search import uniform
+from fastdiff.planning.tune import Planner, tune
+
+STEPS = 10
+CALIBRATION = Workload(("a red circle", "a blue square", "a green ring"), 3, STEPS, 3.0, 32, 32, batch=3)
+HELDOUT = Workload(("a white cross", "a black diamond", "a big triangle"), 9, STEPS, 3.0, 32, 32, batch=2)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """The embedded architecture, untrained, with DDIM."""
+    made = family("sd")
+    made.set_progress_bar_config(disable=True)
+    kind: Any = DDIMScheduler
+    made.scheduler = kind.from_config(made.scheduler.config, clip_sample=False)
+    return made
+
+
+@pytest.fixture(scope="module")
+def planner(pipe: Any) -> Planner:
+    """Measured once."""
+    return Planner(pipe, CALIBRATION, HELDOUT, score=lambda pictures: (pictures.mean((2, 3)) > 0.5).double())
+
+
+def test_a_tape_holds_what_the_denoiser_was_given_and_said(pipe: Any):
+    seen = []
+    handle = pipe.unet.register_forward_hook(lambda module, args, output: seen.append((args[0].clone(), output[0])))
+    found = study(pipe, CALIBRATION)
+    handle.remove()
+    plain, _ = CALIBRATION.run(pipe)
+    assert torch.equal(found.reference, plain)
+    trajectories = found.trajectories
+    assert trajectories.steps == STEPS
+    assert all(before > after for before, after in zip(trajectories.levels, trajectories.levels[1:], strict=False))
+    for step, (sample, output) in enumerate(seen[-STEPS:]):
+        negative, positive = output.chunk(2)
+        torch.testing.assert_close(trajectories.inputs[step], sample.chunk(2)[0])
+        torch.testing.assert_close(trajectories.outputs[step], negative + 3 * (positive - negative))
+
+
+def test_a_run_answered_from_a_tape_ends_in_the_same_picture_and_costs_the_rest(pipe: Any):
+    found = study(pipe, CALIBRATION)
+    tape = Tape(found.tape.calls, found.tape.levels)
+    with fastdiff.accelerate(pipe, Recorder(tape, before=7)):
+        pictures, _ = CALIBRATION.run(pipe)
+    torch.testing.assert_close(pictures, found.reference, rtol=0, atol=1e-6)
+    assert tape.rows == (STEPS - 7) * 6
+    weights = outcome_weights(pipe, found, shares=(0.2, 0.8))
+    assert len(weights) == STEPS
+    assert min(weights) > 0
+    # steps 2 and 8 were repeated: 7 and 1 of 10 steps ran after them
+    assert found.spent == pytest.approx(1 + 0.7 + 0.1)
+
+
+def test_the_winner_beats_its_controls_within_the_calls_allowed(planner: Planner, tmp_path):
+    assert planner.expected(STEPS) > 100
+    tuned = planner.tune(latency=-1.6)
+    names = [result.name for result in tuned.results]
+    assert {"uniform", "fewer-steps"} <= set(names)
+    assert tuned.spent <= planner.most
+    values = [result.quality["psnr"].value for result in tuned.results]
+    assert values[0] == max(values)
+    assert {"psnr", "ssim", "attribute_drop"} <= set(tuned.best.quality)
+    assert tuned.plan.tuned.steps == STEPS
+    tuned.plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == tuned.plan
+    again, _ = HELDOUT.run(planner.pipe, tuned.steps)
+    if len(loaded):
+        with fastdiff.accelerate(planner.pipe, loaded, strict=True) as handle:
+            again, _ = HELDOUT.run(planner.pipe)
+        row = handle.report().rows[0]
+        # two calls of the pipeline
+        assert row.seen - row.accelerated == 2 * tuned.best.computed
+    from fastdiff.quality import psnr
+
+    torch.testing.assert_close(psnr(again, HELDOUT.run(planner.pipe)[0]).clamp(max=100), tuned.best.psnr)
+
+
+def test_a_budget_is_kept_or_said_not_to_be(planner: Planner):
+    easy = planner.tune(Budget("psnr", 1.0))
+    assert easy.met is True
+    assert easy.best.computed < STEPS
+    impossible = planner.tune(Budget("psnr", 99.0))
+    assert impossible.met is False
+    with pytest.raises(ValueError, match="give a budget"):
+        planner.tune()
+    with pytest.raises(ValueError, match="nothing is that fast"):
+        planner.tune(latency=1e-9)
+
+
+def test_pictures_and_page_hold_every_contender(planner: Planner, tmp_path):
+    tuned = planner.tune(latency=-1.6)
+    image = io.BytesIO()
+    report.plot(tuned, image)
+    assert image.getvalue().startswith(b"\x89PNG")
+    text = report.page(tuned, "a <title>", image.getvalue())
+    assert "a &lt;title&gt;" in text
+    assert all(result.name in text for result in tuned.results)
+    assert "full generations" in text
+
+
+def test_what_cannot_be_tuned_says_why(pipe: Any, planner: Planner):
+    with fastdiff.accelerate(pipe, Recorder(Tape())), pytest.raises(Unsupported, match="remove that handle first"):
+        tune(pipe, CALIBRATION, HELDOUT, latency=-2.0)
+    with pytest.raises(ValueError, match="overlap"):
+        Planner(pipe, CALIBRATION, CALIBRATION)
+    blind = Planner.__new__(Planner)
+    blind.score = None
+    with pytest.raises(ValueError, match="attribute_drop needs known truth"):
+        blind.tune(Budget("attribute_drop", 0.01))
+
+
+def test_latency_is_a_line_through_what_was_measured():
+    assert line([(10, 1.0)], 5) == 0.5
+    assert line([(10, 1.0), (20, 1.5), (30, 2.0)], 40) == pytest.approx(2.5)
+    assert len(uniform(STEPS, 4)) == 4
