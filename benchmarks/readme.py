@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 from benchmarks.record import RESULTS, Record, Row
@@ -10,11 +11,17 @@ from fastdiff_app.console import SHORT, number
 ROOT = RESULTS.parents[1]
 README = ROOT / "README.md"
 PICTURE = RESULTS / "stream.png"
+PLOTS = {
+    "parallel": "quality against bytes received",
+    "attention": "quality and speed against the share of key blocks left out",
+}
 ATTRIBUTES = ("background", "colour", "position", "shape", "size")
 
 
 def _cell(row: Row, name: str) -> str:
     """A figure, with half the width of its interval where it has one."""
+    if name == "nfe":
+        return "" if row.nfe is None else str(row.nfe)
     if name not in row.quality:
         return ""
     figure = row.quality[name]
@@ -39,28 +46,40 @@ def markdown(record: Record, columns: tuple[str, ...], ratio: str = "times faste
     return "\n".join(lines)
 
 
+def figures(record: Record) -> str:
+    """A record whose rows measure unlike things, as a table with every row's own figures in words."""
+    lines = ["| | measured | on |", "|--|--|--|"]
+    for row in record.rows:
+        said = "<br>".join(f"{name.replace('_', ' ')} **{number(one.value)}**" for name, one in row.quality.items())
+        lines.append(f"| {row.method} | {said} | {row.note} |")
+    return "\n".join([*lines, *markdown(record, ()).splitlines()[-2:]])
+
+
 def _section(name: str) -> str:
+    if name == "live" and (RESULTS / "live.json").exists():
+        return figures(Record.read(RESULTS / "live.json"))
     columns = {
         "stream": ("first_frame_ms", "max_abs_difference", *ATTRIBUTES),
         "miniature": (*ATTRIBUTES, *(f"{name}_absolute" for name in ATTRIBUTES)),
         "gpu": ("fps", "tflop_per_frame", "bf16_roofline"),
-        "attention": ("psnr", "relative_l1", "attribute", "density"),
+        "attention": ("psnr", "over_plain", "relative_l1", "layer_l1", "attribute", "density"),
+        "fewstep": ("nfe", "attribute", "attribute_difference", "attribute_to_control", "mmd2", "diversity"),
         "parallel": ("psnr", "max_abs_difference", "bytes", "position", "bytes_ratio", "released_ratio"),
+        "quantization": ("output_error", "weight_error", "psnr", "bytes"),
+        "live": (),
         "batch": ("max_abs_difference", "lost", "duplicated", "different", "redone"),
     }
     found = sorted(RESULTS.glob(f"{name}.json")) or sorted(RESULTS.glob(f"{name}-*.json"))
     if not found:
         return f"Not measured yet: `make bench NAME={name}`."
     tables = "\n\n".join(markdown(Record.read(path), columns[name]) for path in found)
-    return f"{tables}\n\n{_traffic_plot(found[0])}" if name == "parallel" else tables
+    return f"{tables}\n\n{_plot(name, found[0])}" if name in PLOTS else tables
 
 
-def _traffic_plot(record: Path) -> str:
-    from benchmarks import parallel
-
-    picture = RESULTS / "parallel.png"
-    parallel.plot(Record.read(record), picture)
-    return f"![quality against bytes received](benchmarks/results/{picture.name})"
+def _plot(name: str, record: Path) -> str:
+    picture = RESULTS / f"{name}.png"
+    import_module(f"benchmarks.{name}").plot(Record.read(record), picture)
+    return f"![{PLOTS[name]}](benchmarks/results/{picture.name})"
 
 
 def _sheet() -> str:

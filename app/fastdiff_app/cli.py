@@ -145,8 +145,9 @@ def stream(
         most_frames=frames,
     )
     if source is not None:
-        _live_stream(source, sink, prompt, fps, seconds, target_ms, json, record, common)
-        return
+        from fastdiff_app.live.headless import stream as run_live
+
+        return run_live(source, sink, prompt, fps, seconds, target_ms, json, record, common)
     if demo:
         if any(value is not None for value in (input, prompt, output, json, sheet)):
             raise Failure(ExitCode.USAGE, "--demo brings its own clip, prompt and files; leave the others out")
@@ -158,26 +159,6 @@ def stream(
     if not prompt.strip():
         raise Failure(ExitCode.USAGE, "the prompt is empty")
     run(StreamJob(input, prompt, output, json, sheet, baseline=baseline, **common))
-
-
-def _live_stream(
-    source: str,
-    sink: str,
-    prompt: str | None,
-    fps: float,
-    seconds: float | None,
-    target_ms: float | None,
-    json: Path | None,
-    record: Path | None,
-    common: dict[str, Any],
-) -> None:
-    from fastdiff_app.live.headless import LiveJob
-    from fastdiff_app.live.headless import run as run_live
-
-    names = ("steps", "strength", "guidance", "guidance_scale", "sampler", "noise", "seed")
-    settings = {"prompt": prompt or "", "negative_prompt": common["negative"]} | {one: common[one] for one in names}
-    model, plan, size = (common[name] for name in ("model", "plan", "size"))
-    run_live(LiveJob(source, sink, settings, model, plan, size, fps, target_ms, seconds, json, record))
 
 
 @app.command()

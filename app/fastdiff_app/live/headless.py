@@ -37,6 +37,24 @@ class LiveJob:
     record: Path | None = None
 
 
+def stream(
+    source: str,
+    sink: str,
+    prompt: str | None,
+    fps: float,
+    seconds: float | None,
+    target_ms: float | None,
+    json: Path | None,
+    record: Path | None,
+    common: dict[str, Any],
+) -> None:
+    """`fastdiff stream --source`; `common` is what it shares with the other ways to stream, by its options' names."""
+    names = ("steps", "strength", "guidance", "guidance_scale", "sampler", "noise", "seed")
+    settings = {"prompt": prompt or "", "negative_prompt": common["negative"]} | {one: common[one] for one in names}
+    model, plan, size = (common[name] for name in ("model", "plan", "size"))
+    run(LiveJob(source, sink, settings, model, plan, size, fps, target_ms, seconds, json, record))
+
+
 def run(job: LiveJob) -> dict[str, Any]:
     """Runs until the source ends; gives the ledger."""
     require_torch()

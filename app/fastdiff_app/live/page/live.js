@@ -48,18 +48,18 @@ function pong(message) {
 function size() {
   return [S.hello.width, S.hello.height];
 }
-function send(at) {
+function send(at, image) {
   if (!S.socket || S.socket.readyState !== 1 || !S.hello) return;
   const gap = at - S.lastFrame; S.lastFrame = at;
   if (gap > 5 && gap < 200) S.fps = 0.95 * S.fps + 0.05 * (1000 / gap);
   if (S.flying.size >= limit() || S.socket.bufferedAmount > 65536 || S.encoding) { S.held += 1; return; }
-  const [width, height] = size(), w = S.source.videoWidth || S.source.width, h = S.source.videoHeight || S.source.height;
+  const [width, height] = size(), w = image.displayWidth || image.videoWidth || image.width, h = image.displayHeight || image.videoHeight || image.height;
   if (!w || !h) return;
   if (small.width !== width || small.height !== height) { small.width = width; small.height = height; }
   const side = Math.min(w / width, h / height), cutW = width * side, cutH = height * side;
   // people expect a mirror of a camera that looks at them
   ink.setTransform(S.mirrored ? -1 : 1, 0, 0, 1, S.mirrored ? width : 0, 0);
-  ink.drawImage(S.source, (w - cutW) / 2, (h - cutH) / 2, cutW, cutH, 0, 0, width, height);
+  ink.drawImage(image, (w - cutW) / 2, (h - cutH) / 2, cutW, cutH, 0, 0, width, height);
   S.encoding = true;
   small.toBlob(async (blob) => {
     try {
@@ -215,10 +215,21 @@ async function go(kind) {
 function taken(about) {
   const now = performance.now(), at = about.captureTime;
   const known = at !== undefined && at <= now && now - at < 1000;
-  S.lags.push(known ? now - at : 0); if (S.lags.length > 1000) S.lags.splice(0, 500);
+  S.lags.push(known ? now - at : null); if (S.lags.length > 1000) S.lags.splice(0, 500);
   return known ? at : now;
 }
-function watch() { if (S.source === camera) camera.requestVideoFrameCallback((now, about) => { send(taken(about)); watch(); }); }
+async function watch() {
+  if (!window.MediaStreamTrackProcessor) return look();
+  // frames as they come from the camera; a video element shows them one refresh of the screen later
+  const reader = new MediaStreamTrackProcessor({ track: S.stream.getVideoTracks()[0] }).readable.getReader();
+  while (S.source === camera) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    if (S.source === camera) send(taken(value.metadata ? value.metadata() : {}), value);
+    value.close();
+  }
+}
+function look() { if (S.source === camera) camera.requestVideoFrameCallback((now, about) => { send(taken(about), camera); look(); }); }
 function scene() { const made = document.createElement("canvas"); made.width = made.height = 256; return made; }
 function animate() {
   const pen = S.source.getContext("2d"), source = S.source, begun = performance.now();
@@ -227,7 +238,7 @@ function animate() {
     const t = (performance.now() - begun) / 1000;
     pen.fillStyle = "#2456d8"; pen.fillRect(0, 0, 256, 256); pen.fillStyle = "#d8302a";
     pen.beginPath(); pen.arc(128 + 62 * Math.sin(t * 0.9), 128 + 48 * Math.cos(t * 0.7), 58, 0, 7); pen.fill();
-    send(performance.now());
+    send(performance.now(), source);
   };
   S.ticking = setInterval(step, 1000 / 30);
 }
