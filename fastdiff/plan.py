@@ -26,6 +26,7 @@ MEMBERS = {
     "GuidanceReuse": "fastdiff.caching.guidance",
     "DeepFeatures": "fastdiff.caching.deep",
     "UnitMask": "fastdiff.caching.units",
+    "BlockResidual": "fastdiff.caching.block_residual",
     "DiffusersCache": "fastdiff.caching.diffusers_cache",
     "GuidanceAdapter": "fastdiff.distillation.adapters",
     "PromptCache": "fastdiff.runtime.prompt_cache",

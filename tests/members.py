@@ -9,6 +9,7 @@ from diffusers import AutoencoderTiny
 from fastdiff.anatomy import anatomy
 from fastdiff.attention.order import TokenOrder
 from fastdiff.attention.sparse import SparseAttention
+from fastdiff.caching.block_residual import BlockResidual
 from fastdiff.caching.deep import DeepFeatures
 from fastdiff.caching.diffusers_cache import DiffusersCache
 from fastdiff.caching.forecast import Forecast
@@ -70,6 +71,7 @@ EXAMPLES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "adaptive": lambda pipe: Forecast("adaptive", threshold=0.5, warm_up=2, max_run=2, quantity="residual"),
     },
     "GuidanceReuse": {"repeat": lambda pipe: GuidanceReuse(warm_up=2)},
+    "BlockResidual": {"none kept": lambda pipe: BlockResidual(keep=0, warm_up=2)},
     "DeepFeatures": {"two": lambda pipe: DeepFeatures(branch=1, warm_up=2)},
     "UnitMask": {"attention": lambda pipe: UnitMask((("self-attention", "*", 0.0, 1.0),), warm_up=2)},
     "DiffusersCache": {

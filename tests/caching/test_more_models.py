@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.anatomy import Anatomy
+from fastdiff.caching.block_residual import BlockResidual
 from fastdiff.caching.forecast import Forecast
 from fastdiff.caching.units import UnitMask
 from fastdiff.hooks import MISSING
@@ -27,6 +28,7 @@ MEMBERS = {
     "repeat": Forecast(warm_up=2),
     "linear": Forecast(order=1, warm_up=2, quantity="output"),
     "adaptive": Forecast("adaptive", threshold=0.5, warm_up=2, max_run=2),
+    "residual": BlockResidual(keep=0, warm_up=2),
     "attention": UnitMask((("self-attention", "*", 0.0, 1.0),), warm_up=2),
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastdiff
+from fastdiff.caching.block_residual import BlockResidual
 from fastdiff.caching.deep import DeepFeatures
 from fastdiff.caching.guidance import GuidanceReuse
 from fastdiff.caching.units import UnitMask, units
@@ -164,3 +165,24 @@ def test_rules_hold_within_their_levels(sd: Any):
         UnitMask((("conv", "*", 0.0, 1.0),))
     with pytest.raises(ValueError, match="a rule is"):
         UnitMask((("resnet", "*", 0.0),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "pixart"])
+def test_blocks_left_out_of_the_same_input_add_what_they_added(name: str):
+    from fastdiff.anatomy import anatomy, capture
+
+    pipe = family(name)
+    denoiser, args, kwargs = capture(pipe, 32, 32)
+    runs: list[int] = []
+    watch = anatomy(pipe).denoiser.transformer_blocks[-1].register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad():
+        plain = denoiser(*args, **kwargs)
+        with fastdiff.accelerate(pipe, BlockResidual(keep=0, interval=9, warm_up=1)) as handle, handle.request():
+            first = denoiser(*args, **kwargs)
+            again = denoiser(*args, **kwargs)
+            row = handle.report().rows[0]
+    watch.remove()
+    first, again, plain = (one[0] if isinstance(one, tuple) else one.sample for one in (first, again, plain))
+    assert torch.equal(first, plain)
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
+    assert (row.seen, row.accelerated) == (2, 1)
