@@ -64,6 +64,8 @@ def _section(name: str) -> str:
         "gpu": ("fps", "tflop_per_frame", "bf16_roofline"),
         "attention": ("psnr", "over_plain", "relative_l1", "layer_l1", "attribute", "density"),
         "fewstep": ("nfe", "attribute", "attribute_difference", "attribute_to_control", "mmd2", "diversity"),
+        "cache": ("nfe", "psnr", "psnr_p10", "planned_ahead", "ssim", "attribute_drop"),
+        "tune": ("nfe", "psnr", "psnr_off", "ms_times", "search_generations", "proof_generations"),
         "parallel": ("psnr", "max_abs_difference", "bytes", "position", "bytes_ratio", "released_ratio"),
         "quantization": ("output_error", "weight_error", "psnr", "bytes"),
         "live": (),
