@@ -9,8 +9,9 @@ Rows:
     <method>-quality-<percent>: the same pictures with attention in blocks of 16 tokens. Methods compute the same steps
         in full (the first two and every fourth after) but `sparsed`, which measures once and keeps its pattern, and
         `sla` and `top-k`, which compute none: `sla` is fine-tuned (`benchmarks.sparse_linear`, at 90 %), `top-k` what
-        it is untrained. `far-merge`, `centroid` and `fastdiff` are ours: the far field merged by its log-sum-exp, block
-        means in its place, and the former following the latter. `fastdiff`, `centroid` and `fps` order tokens in tiles.
+        it is untrained. `far-merge`, `far-tracked` and `fastdiff` are ours: the far field of the last full step merged
+        by its log-sum-exp, the same following the block means of now, and the block means alone. `far-tracked`,
+        `fastdiff` and `fps` order tokens in tiles.
         `relative_l1` and `psnr` are of the final latents, `over_plain` the difference in PSNR picture by picture,
         `layer_l1` the relative L1 of attention outputs on the way of the exact model, `attribute` the share of
         attributes the detector reads right, `density` the share of block pairs computed, full steps counted.
@@ -68,10 +69,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "fps": dict(select="tiles", far="none", precision="int8_fp8"),
     "top-k": ALWAYS,
     "far-merge": dict(far="merge"),
-    "centroid": dict(far="centroid"),
-    "fastdiff": dict(far="tracked"),
+    "far-tracked": dict(far="tracked"),
+    "fastdiff": dict(far="centroid"),
 }
-IN_TILES = ("fps", "centroid", "fastdiff")
+IN_TILES = ("fps", "far-tracked", "fastdiff")
 
 
 def run(full: bool = False, prompts: int = 0, tokens: tuple[int, ...] = TOKENS, pipe: Any = None) -> Record:
@@ -223,9 +224,8 @@ def _row(
     psnr = 20 * span.log10() - 10 * change.square().mean(1).log10()
     row.quality["psnr"] = mean_interval(psnr.numpy())
     row.quality["attribute"] = _attributes(made, scenes)
-    shares = [note for note in reports[0].notes if "of all block pairs" in note]
-    share = float(shares[0].split()[0]) if shares else plan.accelerations[0].settings()["density"]
-    row.quality["density"] = Interval.exact(share)
+    share = next(note for note in reports[0].notes if "of all block pairs" in note or "of key blocks" in note)
+    row.quality["density"] = Interval.exact(float(share.split()[0]))
     return row, psnr
 
 
@@ -281,7 +281,7 @@ def plot(record: Record, picture: Path) -> None:
         left.plot(
             [percent + 0.5 * (place - 5) for percent, _ in points],
             [figure.value for _, figure in points],
-            "o-" if method in ("fastdiff", "centroid", "far-merge") else "s--",
+            "o-" if method in ("fastdiff", "far-tracked", "far-merge") else "s--",
             label=method,
             markersize=4,
         )

@@ -1,7 +1,8 @@
 """Fine-tunes sparse-linear attention on the embedded model, for the `sla` rows of `bench attention`.
 
-    python -m benchmarks.sparse_linear 128 --steps 300
-    python -m benchmarks.sparse_linear 64 --steps 300 --batch 16
+    python -m benchmarks.sparse_linear 128 --steps 280
+    python -m benchmarks.sparse_linear 128 --steps 460 --rate 0.0007
+    python -m benchmarks.sparse_linear 64 --steps 260 --batch 16
 
 The teacher is the model itself with dense attention, on renders of the world at every noise level; one caption in ten
 is empty. Resumable: a killed run goes on from `.training/`, and a larger `--steps` moves its end.
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("size", type=int, choices=list(SETTINGS), help="side of the pictures in pixels")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     train(**vars(parser.parse_args()))
 
 

@@ -1,10 +1,11 @@
 """What stands for the keys that sparse attention leaves out.
 
-`Merge` is ours: at a full step attention over the chosen and over the other keys is computed apart (together exactly
-the full one, at the same cost); the far part and its log-sum-exp are kept, and later steps merge it with a fresh near
-part. How much the far part weighs follows the current logits by itself. `Ratio` is Re-ttention
-(https://arxiv.org/abs/2505.22918): a fixed share and a residual. `Centroid` needs no history: the mean of each block
-left out stands for its keys.
+`Centroid` needs no history, and is the default because it won or tied on a trained model (`bench attention`): the mean
+of each block left out stands for its keys. `Merge` is ours too: at a full step attention over the chosen and over the
+other keys is computed apart (together exactly the full one, at the same cost); the far part and its log-sum-exp are
+kept, and later steps merge it with a fresh near part, so that how much it weighs follows the current logits by itself.
+`Tracked` joins the two: it is nearest to the exact output of a layer, but errs the same way from step to step. `Ratio`
+is Re-ttention (https://arxiv.org/abs/2505.22918): a fixed share and a residual.
 """
 
 import math

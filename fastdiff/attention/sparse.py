@@ -26,6 +26,8 @@ class SparseAttention(Acceleration):
         density: share of key blocks computed, over 0 to 1; 1 with 8 bits is dense 8-bit attention.
         select: how blocks are chosen, one of `fastdiff.attention.selection.SELECTORS`.
         far: what stands for the others, one of `fastdiff.attention.far.FAR`.
+        far_bytes: memory that kept far parts of one request may take; layers beyond it take "centroid", which keeps
+            nothing, and the report says so. 0 for no limit.
         precision: "exact", "int8" or "int8_fp8"; faster on GPUs only, on a CPU it is emulated.
         query_block, key_block: tokens in a block; powers of two from 16 for Triton.
         warm_up: first denoiser calls of each branch with full attention; refresh: every how many calls after them
@@ -40,7 +42,8 @@ class SparseAttention(Acceleration):
     stage: ClassVar[str] = "attention"
     density: float = 0.25
     select: str = "mass"
-    far: str = "tracked"
+    far: str = "centroid"
+    far_bytes: int = 0
     precision: str = "exact"
     query_block: int = 128
     key_block: int = 64
@@ -59,7 +62,7 @@ class SparseAttention(Acceleration):
         check_choice(own, "precision", self.precision, PRECISIONS)
         for name in ("query_block", "key_block", "minimum_tokens"):
             check_number(own, name, getattr(self, name), low=1, whole=True)
-        for name in ("warm_up", "refresh", "check_every"):
+        for name in ("warm_up", "refresh", "check_every", "far_bytes"):
             check_number(own, name, getattr(self, name), low=0, whole=True)
         check_number(own, "check_limit", self.check_limit, low=0)
         object.__setattr__(self, "budget", tuple(map(tuple, self.budget)))
@@ -112,12 +115,14 @@ class Memory:
     """What a layer keeps from call to call of one branch.
 
     Attributes:
+        asked: name of the far part that was asked for, which memory may have been too short for.
         since: sparse calls since the last full one; None before the first.
     """
 
     shape: tuple[int, ...] = ()
     selection: Selection | None = None
     far: Nothing = field(default_factory=Nothing)
+    asked: str = ""
     since: int | None = None
     sparse_calls: int = 0
     exact: bool = False
@@ -145,9 +150,9 @@ class Run:
             self._count(1.0)
             call.moment.engaged = True
             return near(call, None, precision)[0]
-        if memory.shape != tuple(call.q.shape) or type(memory.far) is not FAR[far]:
-            memory.shape, memory.since, memory.selection = tuple(call.q.shape), None, None
-            memory.far = FAR[far](precision)
+        if memory.shape != tuple(call.q.shape) or memory.asked != far:
+            memory.shape, memory.since, memory.selection, memory.asked = tuple(call.q.shape), None, None, far
+            memory.far = FAR[self._affordable(call, far)](precision)
         memory.far.precision = precision
         try:
             return self._sparse(call, memory, density)
@@ -156,6 +161,21 @@ class Run:
             self.hooks.counter.miss(f"keeps {call.layer} exact: {error}")
             memory.exact = True
             return None
+
+    def _affordable(self, call: Call, far: str) -> str:
+        """The far part, or the one that needs no memory where this one's would not fit any more."""
+        limit = self.settings.far_bytes
+        if not limit or not FAR[far].remembers:
+            return far
+        taken = call.moment.request.state((self, "far bytes"), lambda: [0])
+        # one byte a channel and a float32 a row; Re-ttention keeps its residual in the dtype of q
+        bytes_each = call.q.element_size() if far == "ratio" else 1
+        needed = call.q.numel() * bytes_each + 4 * call.q.shape[:3].numel()
+        if taken[0] + needed > limit:
+            self.hooks.counter.note(f"{call.layer} stands in by centroids: its far part exceeds far_bytes={limit}")
+            return "centroid"
+        taken[0] += needed
+        return far
 
     def _sparse(self, call: Call, memory: Memory, density: float) -> Tensor:
         settings, moment = self.settings, call.moment

@@ -10,10 +10,11 @@ from torch.overrides import TorchFunctionMode
 
 import fastdiff
 from fastdiff.anatomy import anatomy, capture
-from fastdiff.attention.plug import Plug, padding
+from fastdiff.attention.plug import Call, Moment, Plug, padding
 from fastdiff.attention.sparse import SparseAttention
 from fastdiff.hooks import Hooks, Requests
 from fastdiff.miniature.families import FAMILIES, family
+from fastdiff.runtime.compile import Compile
 from tests.attention.tiny import tiny
 
 
@@ -100,3 +101,62 @@ def test_short_sequences_stay_exact_and_say_so():
     assert "fewer than 1024 tokens" in report
     assert "did not engage" in report
     assert anatomy(pipe).denoiser.__dict__.get("forward") is None
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "sd3"])
+@torch.no_grad()
+def test_a_denoiser_with_sparse_attention_is_one_graph(name: str):
+    pipe = family(name)
+    small: dict[str, Any] = dict(density=0.5, query_block=4, key_block=4, warm_up=1, refresh=0, minimum_tokens=8)
+    outputs = []
+    for plan in ([SparseAttention(**small)], [SparseAttention(**small), Compile(scope="whole", backend="eager")]):
+        denoiser, args, kwargs = capture(pipe, 32, 32)
+        with fastdiff.accelerate(pipe, plan) as handle, handle.request():
+            made = [denoiser(*args, **{**kwargs, "return_dict": False})[0] for _ in range(3)]
+            outputs.append(made)
+            report = handle.report()
+        assert report.rows[0].accelerated == 2
+    assert "1 graph(s) compiled, 0 of them again, 0 graph breaks" in str(report)
+    for plain, compiled in zip(*outputs, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+
+
+def _layer(seen: list[Call]) -> tuple[Any, Plug, Requests]:
+    requests = Requests()
+    plug = Plug(Hooks("test", requests), anatomy(family("sd")).denoiser, seen.append, 8)
+    request = requests.open()
+    request.state((plug, "now"), dict)["moment"] = Moment(request, "branch")
+    return request, plug, requests
+
+
+def test_grouped_queries_are_handed_on_and_other_calls_are_exact_with_a_reason():
+    seen: list[Call] = []
+    request, plug, _ = _layer(seen)
+    q, (k, v) = torch.randn(1, 4, 16, 8), torch.randn(2, 1, 2, 16, 8)
+    whole = (k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+    with request:
+        layer = plug.layers[0]
+        found = layer(q, k, v, enable_gqa=True)
+        assert seen[0].k.shape[1] == 2
+        torch.testing.assert_close(found, functional.scaled_dot_product_attention(q, *whole))
+        cases: list[tuple[dict[str, Any], str]] = [
+            (dict(is_causal=True), "causal"),
+            (dict(attn_mask=torch.randn(1, 4, 16, 16)), "no padding of keys"),
+        ]
+        for place, (changed, reason) in enumerate(cases, 1):
+            layer = plug.layers[place]
+            expected = functional.scaled_dot_product_attention(q, *whole, **changed)
+            assert torch.equal(layer(q, *whole, **changed), expected)
+            assert reason in plug.declined[layer.name]
+        layer = plug.layers[3]
+        layer(q[0], whole[0][0], whole[1][0])
+        assert "not [batch, heads" in plug.declined[layer.name]
+    assert len(seen) == 1
+
+
+def test_context_parallelism_is_refused_aloud():
+    pipe = family("flux")
+    pipe.transformer._parallel_config = object()
+    verdict = SparseAttention().supports(pipe)
+    assert not verdict
+    assert "context parallelism" in verdict.reason

@@ -9,7 +9,7 @@ import fastdiff
 from fastdiff.attention.far import FAR, near
 from fastdiff.attention.plug import Call, Moment
 from fastdiff.attention.selection import SELECTORS
-from fastdiff.attention.sparse import Run, SparseAttention
+from fastdiff.attention.sparse import Memory, Run, SparseAttention
 from fastdiff.hooks import Hooks, Requests
 from fastdiff.miniature.families import family
 from fastdiff_kernels.selection import top_k
@@ -123,6 +123,25 @@ def test_the_spot_check_falls_back_loudly(caplog: pytest.LogCaptureFixture):
     assert all(calm.attend(call(step, request=request)) is not None for step in range(4))
 
 
+def test_far_parts_beyond_their_memory_are_centroids():
+    # one layer's far part takes 64 rows of 2 heads of 16 channels, and a float32 a row
+    room = 64 * 2 * (16 + 4)
+    for limit, kinds in ((0, ["Tracked", "Tracked"]), (room, ["Tracked", "Centroid"]), (room - 1, ["Centroid"] * 2)):
+        hooks = Hooks("test", Requests())
+        run = Run(SparseAttention(far="tracked", far_bytes=limit, density=0.25, **SMALL), hooks)
+        request = Requests().open()
+        found = []
+        for layer in ("first", "second"):
+            one = call(0, request=request)
+            for step in range(2):
+                one = call(step, seed=step, request=request)
+                one.layer = layer
+                assert run.attend(one) is not None
+            found.append(type(one.moment.state((run, layer), Memory).far).__name__)
+        assert found == kinds
+        assert len(hooks.counter.notes) == kinds.count("Centroid")
+
+
 def test_a_budget_rules_by_layer_and_timestep():
     rows = (("layer", 0.0, 400.0, 0.5, "exact", "none"), ("layer", 400.0, 1000.0, 1.0, "int8", "none"))
     run = Run(SparseAttention(budget=rows, **SMALL), Hooks("test", Requests()))
@@ -140,6 +159,32 @@ def test_tiles_are_fewer_at_both_ends_and_keep_their_mean():
     assert chosen.blocks[0, 0].tolist() == [[0, 1], [0, 1], [1, 2], [2, 3]]
 
 
+def test_a_window_over_the_whole_grid_is_dense_and_radial_ones_are_symmetric():
+    for name in ("near", "radial"):
+        chosen = SELECTORS[name](4, 4).choose(call(), 1.0)
+        assert chosen.mask(16).all()
+    one = call(tokens=64)
+    one.moment.latents = (4, 4, 4)
+    where = SELECTORS["radial"](4, 4).scores(one, None)[0, 0]
+    torch.testing.assert_close(where, where.T)
+    # the distance of a frame counts double with every frame
+    rows = where[0].view(4, 4)
+    assert (rows.diff(dim=0) < 0).all()
+
+
+def test_the_first_block_and_those_next_in_order():
+    chosen = SELECTORS["sink"](4, 4).choose(call(), 3 / 16)
+    assert (chosen.blocks[..., 0] == 0).all()
+    assert chosen.blocks[0, 0, 8].tolist() == [0, 7, 8]
+
+
+def test_padded_keys_are_chosen_last():
+    one = call()
+    one.lengths = torch.tensor([20], dtype=torch.int32)
+    for name in ("pooled", "antidiagonal", "near"):
+        assert (SELECTORS[name](4, 4).choose(one, 5 / 16).blocks < 5).all()
+
+
 def test_a_grid_that_cannot_be_found_is_said():
     hooks = Hooks("test", Requests())
     run = Run(SparseAttention(select="near", far="none", **SMALL), hooks)
@@ -153,6 +198,7 @@ def test_a_grid_that_cannot_be_found_is_said():
     ("changed", "words"),
     [
         ({"density": 0}, "density=0"),
+        ({"far_bytes": -1}, "far_bytes=-1"),
         ({"select": "best"}, "select='best'"),
         ({"far": "away"}, "far='away'"),
         ({"precision": "int2"}, "precision='int2'"),

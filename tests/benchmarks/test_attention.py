@@ -1,12 +1,16 @@
 """`bench attention` on shrunken sizes: its rows are there, and a method that keeps everything changes nothing."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import attention, gpu
+from benchmarks import attention, attention_kernels, gpu, sparse_linear
+from benchmarks.record import Record, Row, could_not_run
+from fastdiff.attention.linear import load
 from fastdiff.miniature import untrained
+from fastdiff.quality import Interval
 
 
 @pytest.mark.slow
@@ -17,11 +21,15 @@ def test_rows_are_there_and_keeping_all_blocks_changes_nothing(monkeypatch: pyte
     monkeypatch.setattr(attention, "STEPS", 4)
     monkeypatch.setattr(attention, "PERCENTS", (50,))
     monkeypatch.setattr(attention, "TURNS", 1)
-    monkeypatch.setattr(attention, "METHODS", {"fastdiff": dict(far="tracked"), "all": dict(far="none", density=0.999)})
+    methods = {"plain": dict(far="none"), "fastdiff": dict(far="tracked"), "all": dict(far="none", density=0.999)}
+    monkeypatch.setattr(attention, "METHODS", methods)
     record = attention.run(prompts=1, tokens=(600,), pipe=pipe)
     speed = [f"{way}-600-{dtype}" for dtype in ("fp32", "bf16") for way in ("sdpa", "sparse-50")]
-    quality = ["dense-quality", "fastdiff-quality-50", "all-quality-50", "sla-quality-50"]
-    assert [row.method for row in record.rows] == speed + quality
+    quality = ["dense-quality", *(f"{method}-quality-50" for method in (*methods, "sla"))]
+    small = ["dense-64px-quality", "top-k-64px-quality-90", "sla-64px-quality-90"]
+    assert [row.method for row in record.rows] == speed + quality + small
+    assert record.row("plain-quality-50").quality["over_plain"].value == 0
+    assert record.row("all-quality-50").quality["layer_l1"].value < 1e-4
     assert record.row("all-quality-50").quality["relative_l1"].value < 1e-4
     assert record.row("fastdiff-quality-50").quality["relative_l1"].value > 1e-4
     assert 0.5 < record.row("fastdiff-quality-50").quality["density"].value < 1
@@ -36,9 +44,28 @@ def test_sparse_is_dense_when_all_blocks_are_chosen():
 
 def test_kernel_suite_runs_on_a_shrunken_shape():
     record = gpu.run(only="attention", shrunken=True)
-    assert [row.note for row in record.rows] == [""] * len(record.rows)
+    # other people's kernels are not for CPUs
+    missing = {row.method.split()[1] for row in record.rows if row.note}
+    assert missing <= {"cudnn", "flash", "sageattention", *(f"flex-sparse-{percent}" for percent in (50, 75, 90))}
     assert [row.method for row in record.rows][:5] == [
-        f"small {way}" for way in ("sdpa", "exact", "int8", "int8_fp8", "pre-pass")
+        f"small {way}" for way in ("sdpa", "cudnn", "flash", "routed", "exact")
     ]
-    assert len(record.rows) == 5 + 2 * len(attention.PERCENTS)
-    assert all(row.quality["bit_stable"].value == 1 for row in record.rows)
+    assert len(record.rows) == 12 + 3 * len(attention_kernels.PERCENTS)
+    assert all(row.quality["bit_stable"].value == 1 for row in record.rows if not row.note)
+    assert all(record.row(f"small {way}").quality["relative_l1"].value < 0.15 for way in ("exact", "int8", "int8_fp8"))
+
+
+def test_weights_of_sparse_linear_attention_are_shipped_for_both_sizes():
+    for size, settings in sparse_linear.SETTINGS.items():
+        assert load(sparse_linear.weights(size))[0] == settings
+
+
+def test_the_plot_is_drawn_where_a_method_has_no_figures(tmp_path: Path):
+    record = Record("attention")
+    for percent in attention.PERCENTS:
+        record.rows.append(Row.timed(f"sparse-{percent}-1024-fp32", [1.0, 2.0], ratio=2.0))
+        record.rows.append(Row.timed(f"fastdiff-quality-{percent}", [1.0]))
+        record.rows[-1].quality["psnr"] = Interval.exact(30.0)
+        record.rows.append(could_not_run(f"sla-quality-{percent}", "not trained"))
+    attention.plot(record, tmp_path / "attention.png")
+    assert (tmp_path / "attention.png").stat().st_size > 10_000

@@ -28,7 +28,7 @@ def compiled(architecture: int) -> dict[str, dict]:
 @pytest.mark.parametrize("architecture", LIMITS)
 def test_kernels_compile(architecture: int):
     found = compiled(architecture)
-    assert len(found) == {80: 9, 86: 9, 89: 10, 90: 13}[architecture]
+    assert len(found) == {80: 11, 86: 11, 89: 12, 90: 15}[architecture]
     for name, row in found.items():
         assert row["spilled_bytes"] <= 64, (name, row)
         assert row["registers"] <= 255, (name, row)

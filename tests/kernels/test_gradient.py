@@ -7,7 +7,7 @@ from torch import Tensor
 from fastdiff_kernels.attention import Selection
 from fastdiff_kernels.attention.gradient import BlockSparse
 from fastdiff_kernels.attention.reference import attention_backward_reference
-from fastdiff_kernels.sparse_linear import FEATURES, route, sparse_linear
+from fastdiff_kernels.sparse_linear import FEATURES, linear_attention, route, sparse_linear, triton
 from fastdiff_kernels.sparse_linear.reference import sparse_linear_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,3 +80,31 @@ def test_without_a_projection_it_is_top_k_and_the_projection_learns(path: str):
         sparse_linear(q, k, v, zero[:, :5], selection=chosen)
     with pytest.raises(ValueError, match="features 'cosine'"):
         sparse_linear(q, k, v, zero, selection=chosen, features="cosine")
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_linear_branch_and_its_gradients_equal_autograd(features: str):
+    q, k, v, up = inputs()
+    found_of = [one.clone().requires_grad_() for one in (q, k, v)]
+    true_of = [one.double().requires_grad_() for one in (q, k, v)]
+    keys, values = (one.repeat_interleave(2, 1) for one in true_of[1:])
+    expected = linear_attention(true_of[0], keys, values, features)
+    found = triton.Linear.apply(found_of[0], *(one.repeat_interleave(2, 1) for one in found_of[1:]), features)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=1e-5)
+    gradients = torch.autograd.grad(found, found_of, up)
+    for one, right in zip(gradients, torch.autograd.grad(expected, true_of, up.to(expected)), strict=True):
+        torch.testing.assert_close(one.double(), right.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_sparse_linear_kernels_equal_the_reference(features: str):
+    q, k, v, up = inputs()
+    projection = torch.randn(4, 24, 24, device=DEVICE) * 0.2
+    chosen = route(q, k, 0.5, 16, 16)
+    results = []
+    for path in ("triton", "gather"):
+        leaves = [one.clone().requires_grad_() for one in (q, k, v, projection)]
+        output = sparse_linear(*leaves, selection=chosen, scale=0.3, features=features, path=path)
+        results.append([output, *torch.autograd.grad(output, leaves, up)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -1,8 +1,8 @@
 """Sparse-linear attention: the blocks that matter exactly, everything by a linear branch (SLA,
 https://arxiv.org/abs/2509.24006, as its code does it).
 
-The sparse branch runs the block-sparse kernels, forward and backward. The linear branch is products of [S, D] and
-[D, D] matrices, which torch's own matrix product does best on every device.
+The sparse branch runs the block-sparse kernels, forward and backward. The linear branch has kernels of its own on GPUs,
+up to 128 channels, and is torch's matrix products elsewhere.
 """
 
 import torch
@@ -63,4 +63,15 @@ def sparse_linear(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     path = path or ("triton" if q.is_cuda else "gather")
     sparse: Tensor = BlockSparse.apply(q, k, v, scale, selection, path)  # type: ignore[assignment]
-    return sparse + (linear_attention(q, k, v, features) @ projection.float()).to(q.dtype)
+    linear = _fused if path == "triton" and q.shape[-1] <= 128 else linear_attention
+    return sparse + (linear(q, k, v, features) @ projection.float()).to(q.dtype)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, features: str) -> Tensor:
+    from . import triton
+
+    if features not in FEATURES:
+        raise ValueError(f"features {features!r} are not known; use one of {', '.join(FEATURES)}")
+    groups = q.shape[1] // k.shape[1]
+    keys, values = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return triton.Linear.apply(q, keys, values, features)  # type: ignore[return-value]
