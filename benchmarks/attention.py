@@ -272,7 +272,7 @@ def plot(record: Record, picture: Path) -> None:
     """Draws, against the share of blocks left out, PSNR of every method, and beside it how much faster a CPU gets."""
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), constrained_layout=True)
     methods = dict.fromkeys(row.method.rsplit("-quality-", 1)[0] for row in record.rows if "psnr" in row.quality)
     for place, method in enumerate(name for name in methods if "px" not in name):
         found = [(percent, f"{method}-quality-{percent}") for percent in PERCENTS]
@@ -283,12 +283,13 @@ def plot(record: Record, picture: Path) -> None:
             [figure.value for _, figure in points],
             "o-" if method in ("fastdiff", "far-tracked", "far-merge") else "s--",
             label=method,
+            color=pyplot.get_cmap("tab20")(place),
             markersize=4,
         )
     left.set_xlabel("% of key blocks left out")
     left.set_ylabel("PSNR of final latents, dB")
     left.set_xticks(PERCENTS)
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     for name, style in (("fp32", "o-"), ("bf16", "s--")):
         for percent in PERCENTS:
             rows = [row for row in record.rows if row.method.startswith(f"sparse-{percent}-") and name in row.method]
