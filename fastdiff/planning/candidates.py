@@ -104,12 +104,15 @@ def candidates(
             found.append(Candidate(f"{name} fit-{most}", one, computed, steps, predicted))
         if name.startswith("front-0.5"):
             found.append(Candidate(f"{name} repeat", forecast_of(trajectories, schedule), computed, steps, predicted))
-    found.append(Candidate("static", _static(steps, computed), computed, steps))
+    found += _static(steps, computed)
     return found
 
 
-def _static(steps: int, computed: int) -> Forecast:
-    try:
-        return static_forecast(steps, computed)
-    except Infeasible:
-        return static_forecast(steps, computed + 1)
+def _static(steps: int, computed: int) -> list[Candidate]:
+    """The static schedule with as many computed steps, or the next number that has one; none where none has."""
+    for count in range(computed, steps):
+        try:
+            return [Candidate("static", static_forecast(steps, count), count, steps)]
+        except Infeasible:
+            continue
+    return []
