@@ -6,6 +6,7 @@ Rows for `mini-sd`, and the same ending in `-dit` for `mini-dit`:
     student-4, student-2, student-1: the shipped students, one call of the denoiser a step.
     agd-25: 25 steps with the guidance adapter: guidance in one row of the batch.
     renders: other renders of the same captions; its `mmd2` is the floor of that column.
+    stream, stream-4, stream-1: a moving clip; see `benchmarks.students`.
 
 `attribute` is the mean of background, colour, position, shape and size as the detector reads them, and
 `attribute_difference` that to `teacher-25`, paired by prompt and noise. `mmd2` is to renders of the captions, and
@@ -24,6 +25,7 @@ import torch
 
 import fastdiff
 from benchmarks.record import Record, Row, could_not_run
+from benchmarks.students import stream_rows
 from fastdiff.distillation.adapters import GuidanceAdapter
 from fastdiff.distillation.few_step import FewStep
 from fastdiff.load import LoadError
@@ -70,12 +72,19 @@ def contenders(model: str) -> list[Contender]:
     ]
 
 
-def run(full: bool = False, prompts: int = 0, batch: int = 32, models: Sequence[str] = ("mini-sd", "mini-dit")) -> Any:
+def run(
+    full: bool = False,
+    prompts: int = 0,
+    batch: int = 32,
+    models: Sequence[str] = ("mini-sd", "mini-dit"),
+    clips: int = 4,
+) -> Record:
     """Runs the benchmark.
 
     Args:
         full: four times as many prompts.
         prompts: how many; 0 chooses.
+        clips: how many clips to stream.
     """
     count = prompts or (1024 if full else 256)
     rng = np.random.default_rng(SEED)
@@ -87,6 +96,8 @@ def run(full: bool = False, prompts: int = 0, batch: int = 32, models: Sequence[
     record.rows.append(Row("renders", quality={"mmd2": mmd2(other, truth)}))
     for model in models:
         record.rows += _model(model, scenes, truth, known, batch)
+    if clips:
+        record.rows += stream_rows(clips)
     return record.finish()
 
 
