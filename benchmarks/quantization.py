@@ -183,10 +183,12 @@ def _stored(pipe: Any, prompts: int) -> list[Row]:
     rng = np.random.default_rng(SEED)
     captions = [world.caption(world.object_scene(rng)) for _ in range(prompts)]
     found = places(pipe, FEATURES)
-    # inputs come from other prompts than those that judge
+    # formats are fitted to inputs of other prompts than those that judge them
     others = [world.caption(world.object_scene(rng)) for _ in range(4)]
     known = collect(found, lambda: _pictures(pipe, others, 90_000))
-    truth = _pictures(pipe, captions, 0)
+    pictures: list[torch.Tensor] = []
+    seen = collect(found, lambda: pictures.append(_pictures(pipe, captions, 0)))
+    truth = pictures[0]
     plain = Row("stored-not-at-all", quality={"bytes": _exact(held_bytes(place.linear for place in found))})
     rows = [plain]
     with tempfile.TemporaryDirectory(prefix="fastdiff-statistics-") as folder:
@@ -194,21 +196,21 @@ def _stored(pipe: Any, prompts: int) -> list[Row]:
         known.save(path)
         for name, make in STORED.items():
             try:
-                rows.append(_stored_row(pipe, f"stored-{name}", make(path), found, known, captions, truth))
+                rows.append(_stored_row(pipe, f"stored-{name}", make(path), found, seen, captions, truth))
             except (fastdiff.Unsupported, RuntimeError) as error:
                 rows.append(could_not_run(f"stored-{name}", error))
     return rows
 
 
 def _stored_row(
-    pipe: Any, name: str, one: Acceleration, found: Any, known: Statistics, captions: list[str], truth: torch.Tensor
+    pipe: Any, name: str, one: Acceleration, found: Any, seen: Statistics, captions: list[str], truth: torch.Tensor
 ) -> Row:
     modules = {place.name: (place.parent, place.attribute) for place in found}
     with fastdiff.accelerate(pipe, one):
         made = {key: parent._modules[attribute] for key, (parent, attribute) in modules.items()}
         missed, output = [], []
         for place in found:
-            module, x = made[place.name], known.samples[place.name]
+            module, x = made[place.name], seen.samples[place.name]
             # a rotation folded into two layers is not one of either, so only their product is comparable
             folded = isinstance(module, QuantisedLinear) and _is_folded(one, place.name)
             if not folded:

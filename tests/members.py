@@ -10,6 +10,7 @@ from fastdiff.anatomy import anatomy
 from fastdiff.attention.order import TokenOrder
 from fastdiff.attention.sparse import SparseAttention
 from fastdiff.caching.block_residual import BlockResidual
+from fastdiff.caching.cachequant import CacheQuant
 from fastdiff.caching.deep import DeepFeatures
 from fastdiff.caching.diffusers_cache import DiffusersCache
 from fastdiff.caching.forecast import Forecast
@@ -20,6 +21,7 @@ from fastdiff.quantization.stored import StoredWeights
 from fastdiff.quantization.w8a8 import W8A8
 from fastdiff.runtime.compile import Compile
 from fastdiff.runtime.precision import Precision
+from fastdiff.runtime.slicing import SlicedInference
 from fastdiff.runtime.tiles import TiledInference
 from fastdiff.runtime.tiny_decoder import TinyDecoder
 from fastdiff.sampling.interval import GuidanceInterval
@@ -74,6 +76,8 @@ EXAMPLES: dict[str, dict[str, Callable[[Any], Any]]] = {
     "BlockResidual": {"none kept": lambda pipe: BlockResidual(keep=0, warm_up=2)},
     "DeepFeatures": {"two": lambda pipe: DeepFeatures(branch=1, warm_up=2)},
     "UnitMask": {"attention": lambda pipe: UnitMask((("self-attention", "*", 0.0, 1.0),), warm_up=2)},
+    "SlicedInference": {"two": lambda pipe: SlicedInference(2)},
+    "CacheQuant": {"some": lambda pipe: CacheQuant((1.0, 0.6, 0.3))},
     "DiffusersCache": {
         "first_block": lambda pipe: DiffusersCache(threshold=0.5, warm_up=2),
         "taylorseer": lambda pipe: DiffusersCache(method="taylorseer", warm_up=2),

@@ -13,6 +13,8 @@ from .packing import grouped, pack, unpack
 
 _PIECES = 1 << 16
 _CHUNK = 1 << 14
+_HELD_OUT = 4
+_UNSEEN = 0.3
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ class Codebook:
         book = self._book(pieces, share)
         chosen = _nearest(pieces, book, share)
         if inputs is not None and self.steps:
-            trained = self._trained(weight.float(), pieces, book, share, inputs.float())
-            # kept only where it is better, as training may leave a piece undecided
-            if _output_error(weight, *trained, inputs) < _output_error(weight, book, chosen, inputs):
+            held = torch.arange(len(inputs)) % _HELD_OUT == 0
+            trained = self._trained(weight.float(), pieces, book, share, inputs[~held].float())
+            # kept only where inputs it was not trained on agree
+            if _output_error(weight, *trained, inputs[held]) < _output_error(weight, book, chosen, inputs[held]):
                 book, chosen = trained
         return {"codes": pack(chosen, self._bits), "book": book.half()}
 
@@ -94,11 +97,14 @@ class Codebook:
             [{"params": [trained], "lr": 0.005 * float(book.std())}, {"params": [logits], "lr": 0.1}]
         )
         target = inputs @ weight.mT
+        power = inputs.square().mean(0)
         for _ in range(self.steps):
             with torch.enable_grad():
                 mixed = (logits.softmax(-1)[..., None] * trained[near]).sum(1)
                 mixed = mixed.view(len(weight), -1)[:, : weight.shape[1]]
-                loss = (inputs @ mixed.mT - target).square().mean()
+                # a sample of inputs leaves directions unseen, and in those weights count for themselves
+                unseen = ((mixed - weight).square() * power).sum(1).mean()
+                loss = (inputs @ mixed.mT - target).square().mean() + _UNSEEN * unseen
                 optimiser.zero_grad()
                 loss.backward()
             optimiser.step()
