@@ -25,7 +25,7 @@ POINTERS = {
     "delta_ptr": "*fp32", "mass_ptr": "*fp32", "parts_ptr": "*fp32", "scores_ptr": "*fp32", "q8_ptr": "*i8",
     "k8_ptr": "*i8", "q_pool_ptr": "*fp32", "k_pool_ptr": "*fp32",
 }  # fmt: skip
-FLOATS: dict[str, str] = dict.fromkeys(("w_ptr", "state_ptr", "sums_ptr", "dx_ptr", "product_ptr"), "*fp32")
+FLOATS: dict[str, str] = dict.fromkeys(("w_ptr", "sums_ptr", "dx_ptr", "product_ptr"), "*fp32")
 NOTHING = dict(SPARSE=False, INT8=False, FP8=False, FAR=False, LENGTHS=False, SKIP=False, Q_GROUP=1, K_GROUP=1)
 LARGE = dict(HEAD=128, PADDED=128)
 
@@ -125,7 +125,7 @@ def main(architecture: int) -> dict[str, dict]:
         ),
     }
     branch = {**LARGE, "KIND": 0, "STEP": 64, "WEIGHTED": True}
-    found["linear-state"] = build(linear._state_kernel, architecture, branch, FLOATS, 8, 1)
+    found["linear-state"] = build(linear._state_kernel, architecture, branch, {**FLOATS, "state_ptr": "*fp32"}, 8, 1)
     found["linear-pull"] = build(linear._pull_kernel, architecture, {**branch, "PRODUCT": True}, FLOATS, 8, 1)
     if architecture >= 89:
         found["int8_fp8-sparse"] = family(architecture, 128, "int8_fp8", sparse=True)

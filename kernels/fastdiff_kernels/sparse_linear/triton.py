@@ -1,8 +1,8 @@
 """The linear branch in Triton, forward and backward: nothing of the features is ever written to memory.
 
 With A = φ(q), B = φ(k): the state is BᵀV and Bᵀ1, the output A BᵀV over A Bᵀ1. Gradients need the same three products:
-tokens into a state, a state onto tokens, and a state's gradient pulled back through φ. Partial states are added up in a
-fixed order, so that runs repeat bit for bit.
+tokens into a state, a state onto tokens, and a state's gradient pulled back through φ. Operands of products have the
+dtype of q, sums are float32. Partial states are added up in a fixed order, so that runs repeat bit for bit.
 """
 
 from typing import Any
@@ -21,12 +21,13 @@ STEP = 64
 @triton.jit
 def _tile(ptr, row, tokens, limit, channels, HEAD: tl.constexpr):
     at = ptr + (row * limit + tokens)[:, None] * HEAD + channels[None, :]
-    return tl.load(at, mask=(tokens[:, None] < limit) & (channels[None, :] < HEAD), other=0.0).to(tl.float32)
+    return tl.load(at, mask=(tokens[:, None] < limit) & (channels[None, :] < HEAD), other=0.0)
 
 
 @triton.jit
 def _features(x, seen, KIND: tl.constexpr):
-    """φ of a tile, 0 where not seen."""
+    """Float32 φ of a tile, 0 where not seen."""
+    x = x.to(tl.float32)
     if KIND == 0:
         x = tl.where(seen, x, float("-inf"))
         top = tl.max(x, 1)
@@ -66,7 +67,7 @@ def _state_kernel(
         seen = (tokens[:, None] < tokens_) & (channels[None, :] < HEAD)
         f = _features(_tile(x_ptr, row, tokens, tokens_, channels, HEAD), seen, KIND)
         y = _tile(y_ptr, row, tokens, tokens_, channels, HEAD)
-        state += tl.dot(tl.trans(f), y, input_precision="tf32x3")
+        state += tl.dot(tl.trans(f.to(x_ptr.dtype.element_ty)), y.to(x_ptr.dtype.element_ty), input_precision="ieee")
         w = tl.full([STEP], 1.0, tl.float32)
         if WEIGHTED:
             w = tl.load(w_ptr + row * tokens_ + tokens, mask=tokens < tokens_, other=0.0)
@@ -100,7 +101,7 @@ def _apply_kernel(
     state = _tile(state_ptr, row, channels, HEAD, channels, HEAD)
     sums = tl.load(sums_ptr + row * HEAD + channels, mask=inside, other=0.0)
     total = tl.sum(f * sums[None, :], 1) + EPSILON
-    output = tl.dot(f, state, input_precision="tf32x3") / total[:, None]
+    output = tl.dot(f.to(state.dtype), state, input_precision="ieee") / total[:, None]
     at = (row * tokens_ + tokens)[:, None] * HEAD + channels[None, :]
     tl.store(out_ptr + at, output, mask=seen)
     tl.store(total_ptr + row * tokens_ + tokens, total, mask=tokens < tokens_)
@@ -137,7 +138,7 @@ def _pull_kernel(
     w = tl.full([STEP], 1.0, tl.float32)
     if WEIGHTED:
         w = tl.load(w_ptr + row * tokens_ + tokens, mask=tokens < tokens_, other=0.0)
-    df = tl.dot(y, tl.trans(state), input_precision="tf32x3") + w[:, None] * sums[None, :]
+    df = tl.dot(y.to(state.dtype), tl.trans(state), input_precision="ieee") + w[:, None] * sums[None, :]
     if KIND == 0:
         dx = f * (df - tl.sum(df * f, 1)[:, None])
     elif KIND == 1:
@@ -147,11 +148,14 @@ def _pull_kernel(
     at = (row * tokens_ + tokens)[:, None] * HEAD + channels[None, :]
     tl.store(dx_ptr + at, dx, mask=seen)
     if PRODUCT:
-        tl.store(product_ptr + at, tl.dot(f, state, input_precision="tf32x3"), mask=seen)
+        tl.store(product_ptr + at, tl.dot(f.to(state.dtype), state, input_precision="ieee"), mask=seen)
 
 
 def state(x: Tensor, y: Tensor, w: Tensor | None, features: str) -> tuple[Tensor, Tensor]:
-    """φ(x)ᵀy [B, N, D, D] and φ(x)ᵀw [B, N, D] of contiguous x, y [B, N, S, D] and w [B, N, S], ones where None."""
+    """φ(x)ᵀy [B, N, D, D] in x's dtype and float32 φ(x)ᵀw [B, N, D].
+
+    x and y [B, N, S, D] and w [B, N, S] are contiguous; where w is None it is ones.
+    """
     *rows, tokens, head = x.shape
     chunk = STEP * triton.cdiv(tokens, STEP * CHUNKS)
     chunks = triton.cdiv(tokens, chunk)
@@ -160,7 +164,7 @@ def state(x: Tensor, y: Tensor, w: Tensor | None, features: str) -> tuple[Tensor
     _state_kernel[(chunks, x.shape[:-2].numel())](
         x, y, x if w is None else w, parts, sums, tokens, chunk, **_sizes(head, features), WEIGHTED=w is not None
     )
-    return parts.sum(-3), sums.sum(-2)
+    return parts.sum(-3).to(x.dtype), sums.sum(-2)
 
 
 def apply(x: Tensor, into: Tensor, sums: Tensor, features: str) -> tuple[Tensor, Tensor]:
