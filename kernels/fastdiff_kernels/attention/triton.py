@@ -242,9 +242,10 @@ def shared_bytes(device: torch.device) -> int:
 
 def dense_blocks(head: int, quantised: bool, limit: int) -> tuple[int, int]:
     """Tokens in a query and key block where no selection says so: the largest that fit in registers and `limit`."""
+    hopper = limit > 200_000
     if triton.next_power_of_2(head) > 128:
-        return (128, 64) if limit > 2**17 else (64, 32)
-    return 128, 128 if quantised or (head > 64 and limit > 2**17) else 64
+        return (128, 64) if hopper else (64, 32)
+    return 128, 128 if quantised or (head > 64 and hopper) else 64
 
 
 def stages_of(head: int, block_q: int, block_k: int, key_bytes: int, value_bytes: int, limit: int) -> int:
