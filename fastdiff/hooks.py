@@ -67,7 +67,7 @@ class Request:
     @property
     def bytes_held(self) -> int:
         """Bytes of the tensors in this request's states."""
-        return _tensor_bytes(list(self._states.values()), depth=4)
+        return _tensor_bytes(list(self._states.values()), depth=5)
 
     def __enter__(self) -> "Request":
         if self.closed:

@@ -113,12 +113,17 @@ class Boundary:
 
     def state(self, request: Request, name: str, factory: Callable[[], Any]) -> Any:
         """State of the request's current guidance branch at this boundary."""
-        return request.state((self, name, request.branch), factory)
+        states = self._states(request)
+        if name not in states:
+            states[name] = factory()
+        return states[name]
+
+    def _states(self, request: Request) -> dict[str, Any]:
+        return request.state((self, "states", request.branch), dict)
 
     def _call(self, request: Request, arguments: dict[str, Any], sample: Tensor, compute: Compute) -> Call:
-        progress = self.state(request, "calls", lambda: [0])
-        progress[0] += 1
-        index, run, position, level = progress[0] - 1, None, progress[0] - 1, None
+        run, position, level = None, 0, None
+        index = self.state(request, "calls", lambda: [0, None])[0]
         time = next((arguments[name] for name in TIMES if name in arguments), None)
         if request.pipe is not None and getattr(request.pipe, "scheduler", None) is not None:
             run = request.state((self, "run"), lambda: run_of(request.pipe.scheduler))
@@ -127,7 +132,22 @@ class Boundary:
         elif self.scheduler is not None:
             value = _one_value(time)
             level = None if value is None else level_at(self.scheduler, value)
-        return Call(request, sample, level, index, run or None, position, arguments.get("return_dict", True), compute)
+            before = self.state(request, "calls", lambda: [0, None])[1]
+            if level is not None and before is not None and level > before:
+                # noisier than the last call: whoever calls has begun something new, such as a stream's next frame
+                self._states(request).clear()
+                index = 0
+        self._states(request)["calls"] = [index + 1, level]
+        return Call(
+            request,
+            sample,
+            level,
+            index,
+            run or None,
+            position if run else index,
+            arguments.get("return_dict", True),
+            compute,
+        )
 
     @staticmethod
     def _position(pipe: Any, run: Run, time: Any, index: int) -> int:

@@ -129,6 +129,9 @@ class Forecaster:
             self._check_length(call)
         signature = (call.sample.shape, call.sample.dtype, call.sample.device, call.return_dict)
         known = history.fits(signature)
+        if known and call.run is None and call.level is not None:
+            # a call at the level of the last one belongs to another picture: there is nothing to continue
+            known = coordinate(self.scheduler, call.level) not in history.points[0]
         if call.level is None and known:
             self.counter.miss("computes calls whose rows stand at different noise levels")
         count = len(call.sample)

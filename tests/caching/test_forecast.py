@@ -313,3 +313,20 @@ def test_a_plan_file_keeps_levels_and_fits():
         Plan.from_json(json.dumps(broken))
     with pytest.raises(PlanError, match="cannot work together"):
         Plan((Forecast(), fastdiff.plan.member("DiffusersCache")()))  # type: ignore[attr-defined]
+
+
+def test_a_stream_of_single_steps_is_never_continued_from_another_frame(loop, noise):
+    """Outside a pipeline's call, a call that is no less noisy than the last belongs to something new."""
+    pipe = loop(curved)
+    times = [torch.tensor(time, dtype=torch.float64) for time in (0.9, 0.6, 0.3)]
+    with fastdiff.accelerate(pipe, Forecast(warm_up=1, interval=9)) as handle:
+        with handle.request(keep=True) as request:
+            for frame in range(4):
+                assert torch.equal(pipe.denoiser(noise + frame, times[0])[0], curved(noise + frame, times[0]))
+            pipe.denoiser.calls.clear()
+            for _ in range(3):
+                for time in times:
+                    pipe.denoiser(noise, time)
+        request.close()
+    # of each descent the first call is computed and the others are continued
+    assert len(pipe.denoiser.calls) == 3
