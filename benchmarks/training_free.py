@@ -10,9 +10,10 @@ Rows:
     tiles-overlapping-large, tiles-moving-large: the same four times each way, for the time.
     shift-32, shift-40, shift-48, shift-64: `NoiseShift` calibrated at that size: `gain` is the held-out share of the
         one-step error taken away, `accepted` whether it was more than two standard errors.
-    cold-stream, warm-stream, warm-stream-loose: a moving clip through the stream of 4 steps, and with warm starts at a
-        tolerance of 0.5 and 1; `-still` on a clip in which nothing moves for a while. `nfe` is rows a frame, rounded,
-        with `rows_per_frame` exactly; `psnr` is to the cold stream.
+    cold-stream, warm-stream, warm-stream-loose, warm-stream-unmoved: a moving clip through the stream of 4 steps, and
+        with warm starts at a tolerance of 0.5, of 1, and of 0.5 without `move`; `-still` on a clip that stands still
+        after a third. `nfe` is rows a frame, rounded, with `rows_per_frame` exactly; `psnr` is to the cold stream,
+        `place_error` how far off the object is, as a fraction of the side.
     guided, interval-...: 25 steps with guidance at all noise levels, and in an interval of them.
     steps-N, fitted-N: N steps of the scheduler's own, and of a schedule fitted on other prompts where it was better;
         `psnr` is to 40 steps, `gain_db` what the fitted one gained.
@@ -190,7 +191,12 @@ def measure_warm_start(clips: int, frames: int = 24, pipe: Any = None) -> list[R
     """Rows `cold-stream` and `warm-stream...` on clips that move, and the same on clips that stand still half-way."""
     pipe = pipe or load_pipeline(None, "image-to-image")
     shots = [demo(seed, frames) for seed in range(clips)]
-    ways = {"cold-stream": None, "warm-stream": WarmStart(0.5), "warm-stream-loose": WarmStart(1.0)}
+    ways = {
+        "cold-stream": None,
+        "warm-stream": WarmStart(0.5),
+        "warm-stream-loose": WarmStart(1.0),
+        "warm-stream-unmoved": WarmStart(0.5, move=False),
+    }
     rows = []
     for ending, films in (("", [list(shot.frames) for shot in shots]), ("-still", [_halted(shot) for shot in shots])):
         cold: Tensor | None = None
@@ -217,7 +223,7 @@ def _streamed(
     pipe: Any, shots: list[Demo], films: list[list[np.ndarray]], warm: WarmStart | None
 ) -> tuple[Tensor, Row]:
     taken: list[float] = []
-    pixels, rows, frames, right = [], 0, 0, []
+    pixels, rows, frames, right, places = [], 0, 0, [], []
     for shot, film in zip(shots, films, strict=True):
         stream = Stream(pipe, shot.prompt, steps=4, strength=0.5, height=64, width=64, warm_start=warm)
         stream.warmup()
@@ -230,11 +236,22 @@ def _streamed(
         pixels += [output.pixels for output in outputs]
         rows, frames = rows + stream.report().rows_computed, frames + len(film)
         truths = [shot.truths[_shown(shot, image)] for image in film]
-        right.append(attributes([output.image for output in outputs], truths))
+        pictures = [output.image for output in outputs]
+        right.append(attributes(pictures, truths))
+        # finer than the word for a place, which flips half-way between two
+        places += [_away(picture, truth) for picture, truth in zip(pictures, truths, strict=True)]
     row = Row.timed("", taken, nfe=round(rows / frames))
     row.quality["rows_per_frame"] = Interval.exact(rows / frames, frames)
-    row.quality |= {name: mean_interval(np.concatenate([one[name] for one in right])) for name in NAMES}
+    names = [name for name in NAMES if name != "position"]
+    row.quality |= {name: mean_interval(np.concatenate([one[name] for one in right])) for name in names}
+    row.quality["place_error"] = mean_interval(places)
     return torch.stack(pixels).cpu(), row
+
+
+def _away(picture: np.ndarray, truth: world.Scene) -> float:
+    """How far the object is from where the frame has it, as a fraction of the picture's side."""
+    x, y = detector.locate(picture)
+    return float(np.hypot(x - truth.things[0].x, y - truth.things[0].y))
 
 
 def _shown(shot: Demo, image: np.ndarray) -> int:

@@ -52,6 +52,11 @@ class Settings:
         ):
             if wrong:
                 raise Failure(ExitCode.USAGE, what)
+        if self.recipe not in published.CHOICES:
+            try:
+                published.named(self.recipe)
+            except ValueError as error:
+                raise Failure(ExitCode.USAGE, one_line(error)) from error
 
     def arguments(self, pipe: Any) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call."""

@@ -283,4 +283,4 @@ def save(shift: NoiseShift, path: Path, fits: Sequence[Fit] = ()) -> None:
         {"height": fit.height, "width": fit.width, "accepted": fit.accepted, "gain": fit.gain.as_json()} for fit in fits
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"tables": rounded, "fits": evidence}, indent=1) + "\n", "utf-8")
+    path.write_text(json.dumps({"tables": rounded, "fits": evidence}) + "\n", "utf-8")

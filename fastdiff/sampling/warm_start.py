@@ -29,10 +29,12 @@ class WarmStart:
         tolerance: how far apart the noised old and new solution may be, in standard deviations of the noise; 0 never
             starts warm unless nothing at all has changed.
         refresh: warm starts in a row, after which one is cold, so that errors do not add up; 0 allows none.
+        move: add what the input changed to the old solution before it is noised.
     """
 
     tolerance: float = 0.5
     refresh: int = 8
+    move: bool = True
 
     def __post_init__(self):
         check_number("WarmStart", "tolerance", self.tolerance, low=0)

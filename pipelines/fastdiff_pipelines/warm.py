@@ -52,7 +52,8 @@ class Warmth:
             return
         # the noise a frame under way has at this step: what was injected last, or what it began with
         noise = slot.noises[step : step + 1] if slot.prepared.injects else slot.noises[:1]
-        slot.latent, slot.past = begin(table, step, last.solution, noise, last.encoded, slot.encoded)
+        inputs = (last.encoded, slot.encoded) if settings.move else (None, None)
+        slot.latent, slot.past = begin(table, step, last.solution, noise, *inputs)
         if slot.prepared.settings.guidance == "onetime":
             # the step that would have made it is not taken
             slot.reference = last.reference

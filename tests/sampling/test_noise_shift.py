@@ -108,6 +108,12 @@ def test_tables_are_saved_and_read_again(tmp_path: Path, monkeypatch: pytest.Mon
         NoiseShift.saved("other")
 
 
+def test_the_tables_that_ship_are_for_other_sizes_than_the_trained_one():
+    tables = NoiseShift.saved("mini-sd").tables
+    assert tables
+    assert (16, 16) not in {table[:2] for table in tables}
+
+
 @pytest.mark.parametrize(
     "tables",
     [
