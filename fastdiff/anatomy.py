@@ -152,19 +152,6 @@ def block_metadata(block: Any) -> Any:
         return None
 
 
-def block_stacks(denoiser: Any) -> list[tuple[Any, list[Any]]]:
-    """Runs of transformer blocks, each as (the module that makes their tokens, blocks in order of execution).
-
-    A DiT has one, which is its own; a UNet has one in each of its transformers. Only blocks whose arguments diffusers'
-    registry knows are given.
-    """
-    own = [block for _, block in blocks(denoiser)]
-    if own:
-        return [(denoiser, own)] if all(map(block_metadata, own)) else []
-    parts = [(module, [block for _, block in blocks(module)]) for module in denoiser.modules()]
-    return [(module, found) for module, found in parts if found and all(map(block_metadata, found))]
-
-
 def attentions(denoiser: Any) -> list[tuple[str, Any]]:
     """Every attention module of a denoiser, by structure."""
     from diffusers.hooks._common import _ATTENTION_CLASSES

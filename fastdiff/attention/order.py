@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.acceleration import Acceleration, Unsupported, Verdict, check_number
-from fastdiff.anatomy import anatomy, block_metadata, block_stacks, denoiser_arguments, forward_names
+from fastdiff.anatomy import anatomy, block_metadata, blocks, denoiser_arguments, forward_names
 from fastdiff.attention.grid import Grid, latent_grid, orders, raster, tiled, token_grid
 from fastdiff.hooks import Hooks
 
@@ -54,7 +54,7 @@ class TokenOrder(Acceleration):
             stacks = block_stacks(denoiser)
             if not stacks:
                 return Verdict(False, f"the {name} has no transformer blocks that diffusers knows the arguments of")
-            reasons = [reason for _, blocks in stacks for block in blocks if (reason := _unfit(block))]
+            reasons = [reason for _, some in stacks for block in some if (reason := _unfit(block))]
             if reasons:
                 return Verdict(False, f"the {name}'s {reasons[0]}, so its tokens cannot be reordered")
         return Verdict(True)
@@ -71,6 +71,19 @@ class TokenOrder(Acceleration):
                 stack.wrap()
             # last, so that a request is open when the first stack is entered
             hooks.wrap(denoiser, "forward", _Counted(hooks, denoiser, stacks).around)
+
+
+def block_stacks(denoiser: Any) -> list[tuple[Any, list[Any]]]:
+    """Runs of transformer blocks, each as (the module that makes their tokens, blocks in order of execution).
+
+    A DiT has one, which is its own; a UNet has one in each of its transformers. Only blocks whose arguments diffusers'
+    registry knows are given.
+    """
+    own = [block for _, block in blocks(denoiser)]
+    if own:
+        return [(denoiser, own)] if all(map(block_metadata, own)) else []
+    parts = [(module, [block for _, block in blocks(module)]) for module in denoiser.modules()]
+    return [(module, found) for module, found in parts if found and all(map(block_metadata, found))]
 
 
 def _takes_ids(denoiser: Any) -> bool:
