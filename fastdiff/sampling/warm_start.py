@@ -3,8 +3,8 @@
 As in the real-time iteration of predictive control, and of diffusion policies after it, the previous solution, moved by
 what the input moved, is noised to a low level and only the last steps are run. How low follows from how much changed:
 at a level ``(signal, noise)`` the noised old and new solutions are ``signal * change / noise`` apart in units of the
-noise, and below `tolerance` of that they can hardly be told from one another, so little of the old one is left that
-should not be. No change gives one step; a new scene gives the full schedule, which is then exactly the cold start.
+noise, and below `tolerance` of that they are hard to tell from one another: little of the old one is left that should
+not be. No change gives one step; a new scene gives the full schedule, which is then exactly the cold start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class WarmStart:
         move: add what the input changed to the old solution before it is noised.
     """
 
-    tolerance: float = 0.5
+    tolerance: float = 1.0
     refresh: int = 8
     move: bool = True
 
