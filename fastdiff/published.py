@@ -99,7 +99,7 @@ RECIPES = (
     Recipe("SD3.5-Turbo", "stable-diffusion-3-5-large-turbo", 4, 0.0, "FlowMatchEulerDiscreteScheduler"),
     Recipe("Z-Image-Turbo", "z-image-turbo", 8, 0.0, "FlowMatchEulerDiscreteScheduler", (("shift", 3.0),)),
 )  # fmt: skip
-"""The table, from the models' cards on the hub. The first row that fits is taken, so the particular stand first."""
+"""Settings as the models' cards had them; a card read again outranks them. The first row that fits is taken."""
 
 
 def named(name: str) -> Recipe:
