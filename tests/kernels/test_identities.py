@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff_kernels.attention import Selection, attention, blocks_in, merge
+from fastdiff_kernels.attention import triton as launched
 from fastdiff_kernels.quantise.reference import pooled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,3 +157,12 @@ def test_kernel_and_reference_agree_on_what_is_not_finite(which: str, bad: float
         assert torch.equal(found.isfinite(), finite)
         assert torch.equal(lse.isfinite(), expected_lse.isfinite())
         torch.testing.assert_close(found[finite], expected[finite], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("limit", [101_376, 166_912, 232_448])
+@pytest.mark.parametrize("head", [32, 64, 72, 96, 128, 160])
+def test_blocks_fit_the_shared_memory_of_every_dtype(head: int, limit: int):
+    # 160 channels of float32 once found no place in Hopper's blocks
+    for key_bytes, value_bytes, quantised in ((4, 4, False), (2, 2, False), (1, 4, True), (1, 2, True), (1, 1, True)):
+        blocks = launched.dense_blocks(head, quantised, limit, key_bytes, value_bytes)
+        assert launched.stages_of(head, *blocks, key_bytes, value_bytes, limit) >= 1

@@ -172,7 +172,8 @@ def attention(
     batch, heads, queries, head = q.shape
     fp8 = quantised is not None and quantised.v is not None
     limit = shared_bytes(q.device)
-    block_q, block_k = dense_blocks(head, quantised is not None, limit)
+    bytes_each = q.element_size() if quantised is None else 1
+    block_q, block_k = dense_blocks(head, quantised is not None, limit, bytes_each, v.element_size())
     if selection is not None:
         block_q, block_k = selection.query_block, selection.key_block
         check_blocks(block_q, block_k, fp8)
@@ -240,12 +241,18 @@ def shared_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def dense_blocks(head: int, quantised: bool, limit: int) -> tuple[int, int]:
+def dense_blocks(head: int, quantised: bool, limit: int, key_bytes: int = 2, value_bytes: int = 2) -> tuple[int, int]:
     """Tokens in a query and key block where no selection says so: the largest that fit in registers and `limit`."""
     hopper = limit > 200_000
-    if triton.next_power_of_2(head) > 128:
-        return (128, 64) if hopper else (64, 32)
-    return 128, 128 if quantised or (head > 64 and hopper) else 64
+    padded = triton.next_power_of_2(head)
+    if padded > 128:
+        block_q, block_k = (128, 64) if hopper else (64, 32)
+    else:
+        block_q, block_k = 128, 128 if quantised or (head > 64 and hopper) else 64
+    # float32 takes twice the shared memory of the dtypes that the sizes above are for
+    while padded * (block_q * key_bytes + block_k * (key_bytes + value_bytes)) > limit and block_q > 16:
+        block_q, block_k = block_q // 2, max(16, block_k // 2)
+    return block_q, block_k
 
 
 def stages_of(head: int, block_q: int, block_k: int, key_bytes: int, value_bytes: int, limit: int) -> int:
