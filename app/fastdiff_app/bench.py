@@ -10,7 +10,18 @@ from fastdiff_app.outputs import check_writable
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # modules of benchmarks/ that are not benchmarks themselves
-_SUPPORT = ("card", "chromium", "full_size", "page", "record", "readme", "slow_line")
+_SUPPORT = (
+    "attention_kernels",
+    "attention_quality",
+    "card",
+    "chromium",
+    "full_size",
+    "page",
+    "record",
+    "readme",
+    "slow_line",
+    "sparse_linear",
+)
 
 
 def names() -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, attention_kernels, gpu, sparse_linear
+from benchmarks import attention, attention_kernels, attention_quality, gpu, sparse_linear
 from benchmarks.record import Record, Row, could_not_run
 from fastdiff.attention.linear import load
 from fastdiff.miniature import untrained
@@ -17,12 +17,13 @@ from fastdiff.quality import Interval
 def test_rows_are_there_and_keeping_all_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     pipe: Any = untrained(0)
     pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(attention, "SIZE", 64)
-    monkeypatch.setattr(attention, "STEPS", 4)
+    subject = attention_quality.Subject(pipe, size=64, block=16, steps=4, trained=128)
+    methods = {"plain": dict(far="none"), "fastdiff": dict(far="tracked"), "all": dict(far="none", density=0.999)}
+    monkeypatch.setattr(attention_quality, "METHODS", methods)
+    monkeypatch.setattr(attention, "mini_sd", lambda pipe: subject)
+    monkeypatch.setattr(attention, "quality", lambda subject, count: attention_quality.quality(subject, count, (50,)))
     monkeypatch.setattr(attention, "PERCENTS", (50,))
     monkeypatch.setattr(attention, "TURNS", 1)
-    methods = {"plain": dict(far="none"), "fastdiff": dict(far="tracked"), "all": dict(far="none", density=0.999)}
-    monkeypatch.setattr(attention, "METHODS", methods)
     record = attention.run(prompts=1, tokens=(600,), pipe=pipe)
     speed = [f"{way}-600-{dtype}" for dtype in ("fp32", "bf16") for way in ("sdpa", "sparse-50")]
     quality = ["dense-quality", *(f"{method}-quality-50" for method in (*methods, "sla"))]
@@ -33,6 +34,7 @@ def test_rows_are_there_and_keeping_all_blocks_changes_nothing(monkeypatch: pyte
     assert record.row("all-quality-50").quality["relative_l1"].value < 1e-4
     assert record.row("fastdiff-quality-50").quality["relative_l1"].value > 1e-4
     assert 0.5 < record.row("fastdiff-quality-50").quality["density"].value < 1
+    assert not any("TokenOrder" in row.note or "order alone" in row.note for row in record.rows)
 
 
 @torch.no_grad()
