@@ -75,7 +75,7 @@ class Session:
         if handle is None:
             return nullcontext()
         if handle is not self._handle:
-            _refuse_step_caches(handle.plan)
+            refuse_step_caches(handle.plan)
         if handle is not self._handle or self._request.closed:
             self._handle, self._request = handle, handle.request(keep=True)
         return self._request
@@ -137,7 +137,8 @@ class Session:
             slot.timings.finished, slot.timings.decode_ms = finished, (finished - started) * 1000
 
 
-def _refuse_step_caches(plan: Any) -> None:
+def refuse_step_caches(plan: Any) -> None:
+    """Raise `Unsupported` for a plan with an acceleration that goes by one clip's step after step."""
     caches = [one for one in plan if one.stage == "blocks" and not one.exact]
     if caches:
         raise Unsupported(
