@@ -58,7 +58,7 @@ def run(full: bool = False, only: Sequence[str] = ("tiles", "shift", "warm", "in
         only: which parts.
     """
     parts: dict[str, Callable[[int], list[Row]]] = {
-        "tiles": lambda times: measure_tiles(32 * times, large=2 * times),
+        "tiles": lambda times: measure_tiles(24 * times, large=2 * times, seams=128 * times),
         "shift": lambda times: measure_noise_shift(96 * times),
         "warm": lambda times: measure_warm_start(3 * times),
         "interval": lambda times: measure_guidance_interval(96 * times),
@@ -70,24 +70,32 @@ def run(full: bool = False, only: Sequence[str] = ("tiles", "shift", "warm", "in
     return record.finish()
 
 
-def measure_tiles(pictures: int, large: int = 2, steps: int = STEPS, pipe: Any = None) -> list[Row]:
-    """Rows `native` and `tiles-...`; `large` is how many pictures are made four times larger each way."""
+def measure_tiles(pictures: int, large: int = 2, seams: int = 0, steps: int = STEPS, pipe: Any = None) -> list[Row]:
+    """Rows `native` and `tiles-...`.
+
+    Args:
+        pictures: to compare the grids on.
+        large: pictures made four times larger each way.
+        seams: pictures on the moving grid, whose borders need many; as many as `pictures` at the least.
+    """
     pipe = pipe or load_pipeline(None, "text-to-image")
-    scenes = _scenes(pictures)
+    seams = max(seams, pictures)
+    scenes = _scenes(seams)
     small, _ = _drawn(pipe, scenes, steps=steps)
     rows = [Row("native", quality={"attribute": mean_interval(_attribute(small, scenes))})]
     redraw = _image_to_image(pipe)
-    grids = ("overlapping", "moving", "fixed")
-    found = {grid: _tiled(redraw, scenes, small, 2, grid, steps) for grid in grids}
+    grids = {"overlapping": pictures, "moving": seams, "fixed": pictures}
+    found = {grid: _tiled(redraw, scenes[:count], small[:count], 2, grid, steps) for grid, count in grids.items()}
     first, first_row = found["overlapping"][0], found["overlapping"][1]
     assert first_row.ms_median is not None
     for made, row in found.values():
-        row.quality["attribute"] = mean_interval(_attribute(made, scenes))
-        row.quality["attribute_difference"] = paired_difference(_attribute(made, scenes), _attribute(first, scenes))
+        attribute = _attribute(made[:pictures], scenes[:pictures])
+        row.quality["attribute"] = mean_interval(attribute)
+        row.quality["attribute_difference"] = paired_difference(attribute, _attribute(first, scenes[:pictures]))
         assert row.ms_median is not None
         row.ratio = first_row.ms_median / row.ms_median
         rows.append(row)
-    grown = {grid: _tiled(redraw, scenes[:large], small[:large], 4, grid, steps)[1] for grid in grids[:2]}
+    grown = {grid: _tiled(redraw, scenes[:large], small[:large], 4, grid, steps)[1] for grid in list(grids)[:2]}
     for grid, row in grown.items():
         row.method = f"tiles-{grid}-large"
         assert row.ms_median is not None and grown["overlapping"].ms_median is not None
@@ -101,11 +109,13 @@ def _tiled(
     """Enlarged pictures [N, 3, H, W] and their row; one picture a call, as a user with little memory has it."""
     size = small.shape[-1] * times
     enlarged = torch.nn.functional.interpolate(small, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    member, made, taken, calls = TiledInference(grid=grid), [], [], 0
+    made, borders, taken, calls = [], [], [], 0
     counted: list[int] = []
     inner = redraw.unet.conv_in.register_forward_pre_hook(lambda module, args: counted.append(1))
-    with fastdiff.accelerate(redraw, member):
-        for place, scene in enumerate(scenes):
+    for place, scene in enumerate(scenes):
+        # a seed of its own for every picture: borders at the same places in all would measure what is there in them
+        member = TiledInference(grid=grid, seed=place)
+        with fastdiff.accelerate(redraw, member):
             counted.clear()
             start = perf_counter()
             made.append(
@@ -121,10 +131,11 @@ def _tiled(
             )
             taken.append((perf_counter() - start) * 1000)
             calls = len(counted)
+        borders.append(_borders(redraw, member, size))
     inner.remove()
     pictures = torch.cat(made)
     row = Row.timed(f"tiles-{grid}", taken, nfe=calls)
-    row.quality["border"] = border_ratio(pictures, _borders(redraw, member, size))
+    row.quality["border"] = border_ratio(pictures, borders)
     return pictures, row
 
 
@@ -139,26 +150,31 @@ def _borders(pipe: Any, member: TiledInference, size: int) -> tuple[list[int], l
     return lines[0], lines[1]
 
 
-def border_ratio(pictures: Tensor, borders: tuple[list[int], list[int]], near: int = 6, far: int = 14) -> Interval:
+def border_ratio(
+    pictures: Tensor, borders: Sequence[tuple[list[int], list[int]]], near: int = 6, far: int = 14
+) -> Interval:
     """Mean gradient across lines of borders, over that across lines `near` to `far` pixels beside them.
 
-    Neighbouring lines see the same objects, so what is in the picture cancels and what a border adds is left.
+    Neighbouring lines see much the same, so what is in the picture cancels and what a border adds is left.
 
     Args:
         pictures: [N, C, H, W].
-        borders: rows and columns of pixels before which a tile ends.
+        borders: of each picture, the rows and columns of pixels before which a tile ends.
     """
-    at, beside = [], []
-    for axis, lines in zip((-2, -1), borders, strict=True):
-        steps = pictures.diff(dim=axis).abs().mean(dim=(1, -1 if axis == -2 else -2))  # [N, lines]
-        for line in lines:
-            around = [line + side * away for away in range(near, far + 1) for side in (-1, 1)]
-            at.append(steps[:, line - 1])
-            beside.append(steps[:, [one - 1 for one in around if 0 < one <= steps.shape[1]]].mean(dim=1))
-    here, there = (torch.stack(values).mean(dim=0).double().numpy() for values in (at, beside))
-    difference = mean_interval(here - there)
-    low, value, high = (1 + side / there.mean() for side in (difference.low, difference.value, difference.high))
-    return Interval(float(value), float(low), float(high), difference.n)
+    here, there = [], []
+    for picture, own in zip(pictures, borders, strict=True):
+        at, beside = [], []
+        for axis, lines in zip((-2, -1), own, strict=True):
+            steps = picture.diff(dim=axis).abs().mean(dim=(0, -1 if axis == -2 else -2))  # [lines]
+            for line in lines:
+                around = [line + side * away for away in range(near, far + 1) for side in (-1, 1)]
+                at.append(steps[line - 1])
+                beside.append(steps[[one - 1 for one in around if 0 < one <= len(steps)]].mean())
+        here.append(float(torch.stack(at).mean()))
+        there.append(float(torch.stack(beside).mean()))
+    difference, level = mean_interval(np.array(here) - np.array(there)), float(np.mean(there))
+    low, value, high = (1 + side / level for side in (difference.low, difference.value, difference.high))
+    return Interval(value, low, high, difference.n)
 
 
 def measure_noise_shift(

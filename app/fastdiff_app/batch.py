@@ -20,8 +20,9 @@ from rich.progress import Progress as Bars
 
 from fastdiff_app import images
 from fastdiff_app.console import err, out
-from fastdiff_app.engine import read_plan
+from fastdiff_app.engine import read_plan, student_course
 from fastdiff_app.failures import ExitCode, Failure, is_installed, one_line
+from fastdiff_app.generate import USUAL_GUIDANCE, USUAL_STEPS
 
 if TYPE_CHECKING:
     from fastdiff_pipelines.batch import BatchJob, Item, Jobs, Progress, Stop, Summary
@@ -36,6 +37,7 @@ class Run:
     Attributes:
         progress: "bar", "json" (a line on stdout every other second) or "none".
         ray: let a Ray cluster hand the work out.
+        student: a few-step student to draw with.
     """
 
     jobs: Path
@@ -53,6 +55,7 @@ class Run:
     verify: str = "size"
     progress: str = "bar"
     ray: bool = False
+    student: str | None = None
 
     def __post_init__(self) -> None:
         if self.progress not in ("bar", "json", "none"):
@@ -61,10 +64,20 @@ class Run:
             raise Failure(ExitCode.MISSING, 'ray is not installed; run: pip install "fastdiff[ray]"')
 
 
-def defaults(steps: int, guidance: float, size: str | None, negative: str, frames: int | None) -> "Item":
-    """What holds for lines that do not say otherwise, or `Failure`."""
+def defaults(
+    steps: int | None,
+    guidance: float | None,
+    size: str | None,
+    negative: str,
+    frames: int | None,
+    student: str | None = None,
+    model: str | None = None,
+) -> "Item":
+    """What holds for lines that do not say otherwise, or `Failure`; steps and guidance are the student's, or usual."""
     from fastdiff_pipelines.batch import Item
 
+    usual = (USUAL_STEPS, USUAL_GUIDANCE) if student is None else student_course(student, model)
+    steps, guidance = usual[0] if steps is None else steps, usual[1] if guidance is None else guidance
     height, width = images.parse_size(size) or (None, None)
     try:
         return Item("-", negative, None, height, width, steps, guidance, frames)
@@ -102,7 +115,7 @@ def _job(run: Run, jobs: "Jobs") -> "BatchJob":
             jobs.items,
             run.folder,
             model=run.model,
-            plan=read_plan(run.plan, run.compile),
+            plan=read_plan(run.plan, run.compile, run.student),
             dtype=run.dtype,
             format=run.format,
             seed=run.seed,

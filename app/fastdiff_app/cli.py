@@ -8,7 +8,21 @@ from typing import Annotated, Any
 import typer
 
 import fastdiff
+from fastdiff_app import learn
 from fastdiff_app.failures import REMEDY, ExitCode, Failure, one_line
+from fastdiff_app.options import (
+    Compile,
+    Guidance,
+    JsonFile,
+    Model,
+    Negative,
+    PlanOption,
+    Seed,
+    Size,
+    Steps,
+    Strict,
+    Student,
+)
 
 app = typer.Typer(
     name="fastdiff",
@@ -18,19 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str | None, typer.Option(help="A hub id or a folder; the embedded miniature where not given.")]
-PlanOption = Annotated[str | None, typer.Option("--plan", help="exact, balanced, fast, none, or a plan file.")]
-Compile = Annotated[
-    bool | None, typer.Option("--compile/--no-compile", help="Compile even on a CPU, or never; else as the plan says.")
-]
-Strict = Annotated[bool, typer.Option("--strict", help="Fail when an acceleration of the plan does not engage.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
-Size = Annotated[str | None, typer.Option(help="512 or WIDTHxHEIGHT; the model's own where not given.")]
-Negative = Annotated[str, typer.Option(help="What should not be there.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps.")]
-Guidance = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")]
 
 
 def _version(wanted: bool) -> None:
@@ -52,10 +53,11 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file.")],
     seed: Seed = 0,
     steps: Annotated[
-        int | None, typer.Option(help="Denoising steps; 25, or what a published few-step model was made for.")
+        int | None, typer.Option(help="Denoising steps; 25, or what a few-step model or student was made for.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale, 1 is none; 5, or what a few-step model was made for.")
+        float | None,
+        typer.Option(help="Guidance scale, 1 is none; 5, or what a few-step model or student takes."),
     ] = None,
     size: Size = None,
     negative: Negative = "",
@@ -66,6 +68,7 @@ def generate(
     recipe: Annotated[
         str, typer.Option(help="auto, none, or how a published few-step model runs, such as LCM-LoRA.")
     ] = "auto",
+    student: Student = None,
     plan: PlanOption = None,
     compile: Compile = None,
     strict: Strict = False,
@@ -76,7 +79,7 @@ def generate(
     from fastdiff_app.generate import generate as run
 
     settings = Settings(prompt, negative, seed, steps, guidance, images.parse_size(size), image, strength, recipe)
-    run(settings, output, model, plan, compile, strict, lora)
+    run(settings, output, model, plan, compile, strict, lora, student)
 
 
 @app.command()
@@ -182,8 +185,8 @@ def batch(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")],
     seed: Annotated[int, typer.Option(help="Items without a seed of their own get one from this and their words.")] = 0,
-    steps: Steps = 25,
-    guidance: Guidance = 5.0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; 25, or what the student was made for.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 1 is none; 5, or the student's.")] = None,
     size: Size = None,
     negative: Negative = "",
     frames: Annotated[int | None, typer.Option(help="Frames of a clip, for models that make clips.")] = None,
@@ -201,6 +204,7 @@ def batch(
         bool, typer.Option("--ray", help="Let a Ray cluster hand the work out (RAY_ADDRESS, or one of this machine).")
     ] = False,
     model: Model = None,
+    student: Student = None,
     plan: PlanOption = None,
     compile: Compile = None,
 ) -> None:
@@ -208,7 +212,7 @@ def batch(
     from fastdiff_app.batch import Run, defaults
     from fastdiff_app.batch import batch as run
 
-    given = defaults(steps, guidance, size, negative, frames)
+    given = defaults(steps, guidance, size, negative, frames, student, model)
     run(
         Run(
             jobs,
@@ -226,6 +230,7 @@ def batch(
             verify=verify,
             progress=progress,
             ray=ray,
+            student=student,
         ),
         given,
     )
@@ -259,75 +264,9 @@ def doctor(model: Model = None) -> None:
     run(model)
 
 
-@app.command()
-def distill(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a killed run in it goes on.")],
-    method: Annotated[
-        str, typer.Option(help="phased, lcm, tcd, splam, scm, dmd, mmd, ict, agd (guidance in one forward) or koala.")
-    ] = "phased",
-    nfe: Annotated[int, typer.Option(min=1, max=50, help="Steps the student shall take (phased, dmd, mmd).")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    rank: Annotated[int, typer.Option(min=0, help="Of the LoRA; 0 trains the whole denoiser.")] = 16,
-    learning_rate: Annotated[float, typer.Option()] = 1e-3,
-    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
-    guidance: Annotated[float, typer.Option(help="The teacher's, which goes into the student.")] = 5.0,
-    start: Annotated[Path | None, typer.Option(help="A student's folder, to begin with its LoRA.")] = None,
-    teacher: Annotated[
-        Path | None, typer.Option(help="A student's folder, to learn from in the model's place.")
-    ] = None,
-    layers: Annotated[int, typer.Option(min=0, help="With koala: transformer layers of a UNet to keep.")] = 0,
-    blocks: Annotated[
-        str, typer.Option(help="With koala: numbers of a transformer's blocks to keep, as in 0,2,3.")
-    ] = "",
-    prompts: Annotated[
-        Path | None, typer.Option(help="A file, a prompt a line; the embedded models need none.")
-    ] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="How many of the teacher's pictures to learn from.")] = 256,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    model: Model = None,
-) -> None:
-    """Train a faster student of a model: few steps, guidance in one forward, or fewer layers."""
-    from fastdiff_app.distill import Task
-    from fastdiff_app.distill import distill as run
-
-    adapter = {"rank": 0, "adapter": 48} if method == "agd" else {"rank": 0 if method == "koala" else rank}
-    training = dict(steps=steps, batch=batch_size, learning_rate=learning_rate, seed=seed, precision=precision)
-    task = Task(method, nfe, guidance, start, teacher, layers, blocks)
-    run(output, task, prompts, model, training | adapter, pictures)
-
-
-@app.command()
-def tune(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The plan, a .json file.")],
-    budget: Annotated[str | None, typer.Option(help="psnr>=30, ssim>=0.95 or attribute_drop<=1%.")] = None,
-    latency: Annotated[str | None, typer.Option(help="40ms or 1.5s for a picture, or 2.5x.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A prompt a line; half to search with, half to prove on.")
-    ] = None,
-    steps: Steps = 28,
-    guidance: Guidance = 5.0,
-    size: Size = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one call.")] = 16,
-    plot: Annotated[Path | None, typer.Option(help="Draw quality against latency into this .png.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write a page about it, .html.")] = None,
-    model: Model = None,
-) -> None:
-    """Find the fastest plan within a budget, and prove it on other prompts."""
-    from fastdiff_app import images
-    from fastdiff_app.tune import Wish
-    from fastdiff_app.tune import tune as run
-
-    wish = Wish(budget, latency, prompts, steps, guidance, images.parse_size(size), batch_size)
-    run(wish, output, model, plot, report)
-
-
-@app.command()
-def audit(model: Model = None) -> None:
-    """Say what can act on a model here, and what diffusers' own caches would do to it without a word."""
-    from fastdiff_app.tune import audit as run
-
-    run(model)
+app.command()(learn.distill)
+app.command()(learn.tune)
+app.command()(learn.audit)
 
 
 @app.command()

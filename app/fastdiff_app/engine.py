@@ -51,11 +51,12 @@ def _quieten() -> None:
         diffusers_logging.set_verbosity_error()
 
 
-def read_plan(text: str | None, compile: bool | None = None) -> "Plan":
+def read_plan(text: str | None, compile: bool | None = None, student: str | None = None) -> "Plan":
     """The plan of a preset ("exact", "balanced", "fast"), of a plan file, or "none".
 
     Args:
         compile: True compiles on a CPU too, False never compiles, None leaves it to the plan.
+        student: a few-step student to draw with, as `FewStep` names them.
     """
     require_torch()
     import fastdiff
@@ -73,9 +74,27 @@ def read_plan(text: str | None, compile: bool | None = None) -> "Plan":
         if compile is not None:
             members = [member for member in plan if not isinstance(member, Compile)]
             plan = replace(plan, accelerations=(*members, *([Compile(on_cpu=True)] if compile else [])))
+        if student is not None:
+            from fastdiff.distillation.few_step import FewStep
+
+            plan = replace(plan, accelerations=(FewStep(student), *plan))
     except ValueError as error:
         raise Failure(ExitCode.PLAN, f"--plan {text}: {one_line(error)}") from error
     return plan
+
+
+def student_course(student: str, model: str | None) -> tuple[int, float]:
+    """Steps and guidance a student takes where none are given, or `Failure` when there is no such student."""
+    from fastdiff.distillation import students
+    from fastdiff.distillation.few_step import STUDENTS, FewStep
+
+    try:
+        return students.course_of(FewStep(student).folder(model or "mini-sd"))
+    except (OSError, ValueError, KeyError) as error:
+        named = ", ".join(STUDENTS)
+        raise Failure(
+            ExitCode.INPUT, f"--student {student}: {one_line(error)}; take {named} or a folder of fastdiff distill"
+        ) from error
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """`fastdiff generate`: one picture from words, or from words and a picture."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from time import perf_counter
@@ -9,7 +9,7 @@ from typing import Any
 from fastdiff import published
 from fastdiff_app import images
 from fastdiff_app.console import err
-from fastdiff_app.engine import accelerated, load_pipeline, read_plan
+from fastdiff_app.engine import accelerated, load_pipeline, read_plan, student_course
 from fastdiff_app.failures import ExitCode, Failure, one_line
 from fastdiff_app.methods import check_finite, to_bytes
 from fastdiff_app.outputs import check_writable
@@ -25,6 +25,7 @@ class Settings:
         steps, guidance: None takes what a published few-step model was made for, 25 and 5 for any other.
         size: (height, width) or None for the model's own.
         recipe: as of `fastdiff.load`.
+        student: steps and guidance of the few-step student that draws, which stand for the usual ones.
     """
 
     prompt: str
@@ -36,6 +37,7 @@ class Settings:
     image: Path | None = None
     strength: float = 0.5
     recipe: str = "auto"
+    student: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
         steps, guidance = self.steps, self.guidance
@@ -80,11 +82,12 @@ class Settings:
 
     def course(self, pipe: Any) -> dict[str, Any]:
         """The part of `arguments` that is about steps and guidance: the user's, the recipe's, or the usual."""
-        recipe = published.chosen(pipe, self.recipe)
+        recipe = published.chosen(pipe, self.recipe) if self.student is None else None
         if recipe is None:
+            steps, guidance = self.student or (USUAL_STEPS, USUAL_GUIDANCE)
             return {
-                "num_inference_steps": USUAL_STEPS if self.steps is None else self.steps,
-                "guidance_scale": USUAL_GUIDANCE if self.guidance is None else self.guidance,
+                "num_inference_steps": steps if self.steps is None else self.steps,
+                "guidance_scale": guidance if self.guidance is None else self.guidance,
             }
         steps = self.steps
         if steps is None and self.image is not None:
@@ -123,12 +126,15 @@ def generate(
     compile: bool | None,
     strict: bool,
     lora: str | None = None,
+    student: str | None = None,
 ) -> None:
     """Writes one picture and says on stderr what was engaged."""
     check_writable(output, images.SUFFIXES)
     if settings.image is not None:
         images.read_image(settings.image)
-    plan = read_plan(plan_text, compile)
+    plan = read_plan(plan_text, compile, student)
+    if student is not None:
+        settings = replace(settings, student=student_course(student, model))
     task = "text-to-image" if settings.image is None else "image-to-image"
     pipe = load_pipeline(model, task, lora, settings.recipe)
     course = settings.course(pipe)

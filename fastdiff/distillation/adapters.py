@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from fastdiff.acceleration import Acceleration, Unsupported, Verdict
+from fastdiff.acceleration import Acceleration, Unsupported, Verdict, check_number
 from fastdiff.anatomy import anatomy, denoiser_arguments
 from fastdiff.distillation import shelf
-from fastdiff.distillation.networks import Batch, Networks, guided
+from fastdiff.distillation.networks import Batch, Networks, ddim, guided
 from fastdiff.distillation.objective import Objective, check_range
 from fastdiff.hooks import Hooks
 
@@ -66,6 +66,8 @@ class Adapters(nn.Module):
 
     def __init__(self, widths: dict[str, int], text_width: int, hidden: int = 48, heads: int = 3):
         super().__init__()
+        if hidden % heads:
+            raise ValueError(f"an adapter's width, {hidden}, must be a multiple of its {heads} heads")
         self.config = {"widths": widths, "text_width": text_width, "hidden": hidden, "heads": heads}
         self.scale, self.time = (_mlp(2 * _FREQUENCIES, hidden) for _ in range(2))
         self.text = nn.Linear(text_width, hidden)
@@ -173,30 +175,45 @@ class Guided(nn.Module):
 class AdaptedGuidance(Objective):
     """Regression of adapters to the guided teacher (AGD, section 3.2): plain mean squared error of outputs.
 
+    States are those of the teacher's own guided trajectories, which is where the adapters will act: noised data are
+    not, for guidance leads away from them.
+
     Args:
         scales: guidance, drawn uniformly, as diffusers counts it.
-        noisiest: share of samples in the noisiest quarter.
+        hops: states of a trajectory, one at the noisiest level and one at random in each of ``hops - 1`` equal parts of
+            the levels; the student learns at all of them, so that a batch of 16 trajectories has 16 x ``hops`` states.
     """
 
     scales: tuple[float, float] = (1.0, 8.0)
-    noisiest: float = 0.4
+    hops: int = 8
 
     def __post_init__(self) -> None:
         check_range(type(self).__name__, "scales", self.scales, 0)
+        check_number(type(self).__name__, "hops", self.hops, low=1, whole=True)
 
     def loss(self, networks: Networks, batch: Batch, helpers: nn.ModuleDict) -> Tensor:
-        share, last = batch.uniform().double().cpu(), networks.levels.last
-        inside = torch.where(
-            share < self.noisiest,
-            0.75 + 0.25 * share / max(self.noisiest, 1e-9),
-            0.75 * (share - self.noisiest) / max(1 - self.noisiest, 1e-9),
-        )
-        level = (inside * last).long().clamp(0, last - 1).to(batch.clean.device) + 1
-        x = networks.levels.add(batch.clean, batch.normal(), level)
         scale = batch.uniform(*self.scales)
-        with torch.no_grad():
+        x, level, target = self.visited(networks, batch, scale)
+        many = {name: value.repeat(self.hops, *[1] * (value.ndim - 1)) for name, value in batch.condition.items()}
+        output = networks.student(x, level, {**many, "guidance_scale": scale.repeat(self.hops)})
+        return functional.mse_loss(output, target)
+
+    @torch.no_grad()
+    def visited(self, networks: Networks, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States ``[hops * B, C, h, w]`` of guided DDIM trajectories, their levels, and the guided outputs there."""
+        levels, last = networks.levels, networks.levels.last
+        level = torch.full((len(batch.clean),), last, device=batch.clean.device)
+        x = levels.add(torch.zeros_like(batch.clean), batch.normal(), level)
+        states, places, targets = [], [], []
+        for hop in range(self.hops):
             target = guided(networks.teacher, x, level, batch, scale)
-        return functional.mse_loss(networks.student(x, level, {**batch.condition, "guidance_scale": scale}), target)
+            states.append(x)
+            places.append(level)
+            targets.append(target)
+            part = (self.hops - 1 - hop - batch.uniform()) / max(1, self.hops - 1)
+            to = torch.minimum((part.clamp(min=0) * last).long(), level - 1).clamp(min=1)
+            x, level = ddim(levels, x, target, level, to), to
+        return torch.cat(states), torch.cat(places), torch.cat(targets)
 
 
 def save(folder: Path, adapters: Adapters) -> None:

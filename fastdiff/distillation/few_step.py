@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,11 @@ class FewStep(Acceleration):
         if not {"timesteps", "sigmas"} & set(parameters):
             return Verdict(False, f"{type(pipe).__name__} takes neither timesteps nor sigmas")
         return shelf.fits(*self._place(), LORA_FILE, pipe)
+
+    def folder(self, model: str) -> Path:
+        """Where the student lies; an embedded one is of the embedded ``model``."""
+        source, name = self._place()
+        return shelf.kept(source, name, model)
 
     def _place(self) -> tuple[str, str]:
         return ("embedded", self.source) if self.source in STUDENTS else (self.source, "")

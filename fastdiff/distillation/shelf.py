@@ -34,9 +34,13 @@ def find(source: str, name: str, pipe: Any) -> Path:
     Args:
         source: a folder, or "embedded" for the student called ``name`` that ships with the embedded model ``pipe`` is.
     """
-    if source != "embedded":
-        return Path(source).expanduser()
-    return EMBEDDED / ("mini-dit" if "Transformer" in type(anatomy(pipe).denoiser).__name__ else "mini-sd") / name
+    model = "mini-dit" if "Transformer" in type(anatomy(pipe).denoiser).__name__ else "mini-sd"
+    return kept(source, name, model)
+
+
+def kept(source: str, name: str, model: str) -> Path:
+    """`find` for an embedded model that is known by its name."""
+    return EMBEDDED / model / name if source == "embedded" else Path(source).expanduser()
 
 
 def fits(source: str, name: str, file: str, pipe: Any) -> Verdict:

@@ -88,6 +88,16 @@ def sampling_of(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def course_of(folder: Path) -> tuple[int, float]:
+    """Steps and guidance scale of a call that names none.
+
+    Raises:
+        FileNotFoundError: the folder holds no student.
+    """
+    sampling = sampling_of(folder)
+    return max(map(int, sampling["levels"]), default=4), sampling["guidance_scale"]
+
+
 def scheduler_of(folder: Path, config: Any) -> Any:
     """diffusers' scheduler for a student of a model with the scheduler configuration ``config``.
 

@@ -17,7 +17,7 @@ def _pictures(seam: float) -> torch.Tensor:
 
 
 def test_a_seam_is_seen_and_its_absence_too():
-    borders: tuple[list[int], list[int]] = ([], [64])
+    borders: list[tuple[list[int], list[int]]] = [([], [64])] * 6
     without, within = (training_free.border_ratio(_pictures(seam), borders) for seam in (0.0, 0.2))
     assert without.low < 1 < without.high
     assert abs(without.value - 1) < 0.05
@@ -28,7 +28,7 @@ def test_a_seam_is_seen_and_its_absence_too():
 def test_an_edge_of_an_object_that_is_no_border_is_not_taken_for_one():
     pictures = _pictures(0.0)
     pictures[..., :, 40:] += 0.5
-    assert training_free.border_ratio(pictures, ([], [64])).value == pytest.approx(1, abs=0.05)
+    assert training_free.border_ratio(pictures, [([], [64])] * 6).value == pytest.approx(1, abs=0.05)
 
 
 @pytest.fixture(scope="module")

@@ -46,21 +46,40 @@ def _draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("grid", ["moving", "fixed", "overlapping"])
+@pytest.mark.parametrize(("grid", "halo"), [("moving", 0), ("moving", 3), ("fixed", 3), ("overlapping", 3)])
 @pytest.mark.parametrize("size", [(8, 8), (9, 5), (4, 11), (13, 7), (3, 12)])
-def test_a_pointwise_network_gives_in_tiles_what_it_gives_whole(grid: str, size: tuple[int, int]):
+def test_a_pointwise_network_gives_in_tiles_what_it_gives_whole(grid: str, halo: int, size: tuple[int, int]):
     pipe: Any = Pipe()
     x, told = _draw(2, 3, *size), torch.tensor([7.0, 7.0], dtype=torch.float64)
     expected = pipe.unet(x, told)[0]
     for time in (told, told[0], torch.tensor([3.0, 9.0], dtype=torch.float64)):
         expected = pipe.unet(x, time)[0]
         pipe.unet.seen.clear()
-        with fastdiff.accelerate(pipe, TiledInference(4, grid)):
+        with fastdiff.accelerate(pipe, TiledInference(4, grid, halo=halo)):
             found = pipe.unet(x, time)[0]
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         if grid != "overlapping":
             assert len(pipe.unet.seen) == -(-size[0] // 4) * -(-size[1] // 4)
-        assert {shape[-2:] for shape in pipe.unet.seen} == {(min(4, size[0]), min(4, size[1]))}
+        sides = tuple(side if side <= 4 else 4 + 2 * halo * (grid == "moving") for side in size)
+        assert {shape[-2:] for shape in pipe.unet.seen} == {sides}
+
+
+def test_with_a_halo_a_network_that_looks_at_neighbours_leaves_no_border():
+    """A convolution of radius 2: within its tile's halo it gives what it gives on the whole, whose edges are joined."""
+    pipe: Any = Pipe()
+    weight = _draw(3, 3, 5, 5)
+
+    def looks(sample: Any, timestep: Any, encoder_hidden_states: Any = None) -> Any:
+        return (torch.nn.functional.conv2d(sample, weight, padding=2),)
+
+    pipe.unet.forward = looks
+    x = _draw(2, 3, 12, 16)
+    joined = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="circular")
+    expected = torch.nn.functional.conv2d(joined, weight)
+    with fastdiff.accelerate(pipe, TiledInference(4, halo=2, halo_below=100)):
+        near, far = pipe.unet(x, 99.0)[0], pipe.unet(x, 100.0)[0]
+    torch.testing.assert_close(near, expected, rtol=1e-12, atol=1e-12)
+    assert (far - expected).abs().max() > 0.1
 
 
 def test_overlapping_tiles_take_more_calls():
