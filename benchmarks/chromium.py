@@ -91,11 +91,12 @@ class Page:
 
 
 @contextmanager
-def browser(camera: Path | None = None, width: int = 1280, height: int = 900) -> Iterator[Page]:
+def browser(camera: Path | None = None, width: int = 1280, height: int = 900, fps: int = 30) -> Iterator[Page]:
     """A page of a fresh browser.
 
     Args:
         camera: a .y4m or .mjpeg file to serve as the camera; chromium's own test picture where None.
+        fps: the most that chromium's own camera offers; a file has its own rate.
 
     Raises:
         FileNotFoundError: no browser is installed.
@@ -106,8 +107,9 @@ def browser(camera: Path | None = None, width: int = 1280, height: int = 900) ->
     with tempfile.TemporaryDirectory(prefix="fastdiff-", ignore_cleanup_errors=True) as folder:
         words = [
             program, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
-            f"--user-data-dir={folder}", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
-            "--no-first-run", "--disable-extensions", "--disable-background-networking", "--mute-audio",
+            f"--user-data-dir={folder}", f"--use-fake-device-for-media-stream=fps={fps}",
+            "--use-fake-ui-for-media-stream", "--no-first-run", "--hide-scrollbars", "--disable-extensions",
+            "--disable-background-networking", "--mute-audio",
             "--disable-background-timer-throttling", "--disable-renderer-backgrounding",
             f"--window-size={width},{height}", "about:blank",
         ]  # fmt: skip

@@ -13,19 +13,18 @@ import os
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from websockets.sync.client import connect
-from websockets.typing import Origin
 
 from benchmarks.chromium import browser, find
 from benchmarks.record import Record, Row, could_not_run, percentile
-from benchmarks.slow_line import slow_line
+from benchmarks.slow_line import alone_ms, slow_line
+from benchmarks.slowed import Slowed, paced
+from benchmarks.viewers import Person, visit, watch
 from fastdiff.quality import Interval
 from fastdiff_app.live import messages, pictures
 from fastdiff_app.live.model import LiveModel, worthwhile
@@ -39,7 +38,10 @@ FPS = 30
 SERVICE_MS = 50.0
 BROWSER_S = 30.0
 SOAK_FRAMES = 10_000
-DEADLINE_FRAMES = 300
+DEADLINE_FRAMES = 900
+FRAME_BYTES = 40_000
+TOGETHER_S = 20.0
+SETTLED_S = 4.0
 
 
 def run(full: bool = False) -> Record:
@@ -90,7 +92,7 @@ def overload() -> Row:
 
 
 def users_4() -> Row:
-    """Four people with unlike cameras and models of unlike cost, on a virtual clock."""
+    """Four people with unlike cameras: models of unlike cost on a virtual clock, and the embedded one over sockets."""
     clock = VirtualClock()
     worker = LiveWorker(clock)
     costs = [20.0 + 15 * i for i in range(4)]
@@ -101,7 +103,18 @@ def users_4() -> Row:
     pass_time(clock, worker.run_one, 60)
     shown = [session.ledger.summary()["frames"]["shown"] for session in sessions]
     shares = [count * cost for count, cost in zip(shown, costs, strict=True)]
-    return Row("users-4", quality=_exact(jain=jain(shares)), note="of the model's time, virtual clock, 60 s")
+    with _embedded() as address:
+        seen = watch(address, [Person(fps, TOGETHER_S) for fps in (30, 40, 50, 60)])
+    found = _exact(jain=jain(shares), jain_sockets=jain([float(len(ages)) for ages in seen]),
+                   fps_sockets=sum(map(len, seen)) / TOGETHER_S)  # fmt: skip
+    return Row("users-4", quality=found, note="of the model's time: virtual clock, 60 s; four processes over sockets")
+
+
+@contextlib.contextmanager
+def _embedded() -> Iterator[str]:
+    """The address of a server of the embedded model at one step."""
+    with serving(LiveModel(None, Settings("a red circle", steps=1)), page=False) as (address, _, _):
+        yield address
 
 
 @contextlib.contextmanager
@@ -137,7 +150,10 @@ class _Waiting(IdentityStream):
     def push(self, frame: Any = None, frame_id: Any = None, captured: float | None = None) -> list[Output]:
         """As `IdentityStream.push`, later."""
         time.sleep(SERVICE_MS / 1000)
-        return super().push(frame, frame_id, captured)
+        found = super().push(frame, frame_id, captured)
+        for one in found:
+            one.timings.denoise_ms = SERVICE_MS
+        return found
 
 
 class _WaitingModel(LiveModel):
@@ -151,6 +167,8 @@ def in_browser(name: str, model: LiveModel, seconds: float, delay_s: float = 0.0
     """Chromium's made-up camera through the page and a model: glass to glass, over a line that may take its time."""
     if find() is None:
         return could_not_run(name, "no chromium is installed (Debian: apt install chromium)")
+    # what the line takes by itself for frames there and back
+    line = alone_ms(delay_s, FRAME_BYTES, FPS, 5 * FPS) if delay_s else []
     with contextlib.ExitStack() as held:
         address, live, _ = held.enter_context(serving(model, page=True))
         if delay_s:
@@ -181,11 +199,15 @@ def in_browser(name: str, model: LiveModel, seconds: float, delay_s: float = 0.0
     known = [lag for lag in lags if lag is not None]
     if known:
         figures |= _exact(camera_to_page_ms_p50=median(known))
-    slow = max(summary["stages_ms"], key=lambda one: summary["stages_ms"][one]["p50"])
+    if line:
+        figures |= _exact(line_alone_ms_p50=median(line), line_alone_ms_p95=percentile(line, 95))
     assert model.size is not None
     since = "the camera's own time" if known else "the page's having the frame"
-    seen = f"{model.size[0]} pixels, {len(ages)} frames in {took:.0f} s, ids rose"
-    note = f"{seen}; age since {since}; longest stage: {slow}"
+    stages = {stage: spread["p50"] for stage, spread in summary["stages_ms"].items() if spread["p50"] >= 0.5}
+    note = (
+        f"{model.size[0]} pixels, {len(ages)} frames in {took:.0f} s, ids rose; age since {since}; "
+        f"stages in ms at p50: {', '.join(f'{stage} {value:.1f}' for stage, value in stages.items())}"
+    )
     return Row(name, quality=figures, note=note)
 
 
@@ -232,9 +254,7 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 def _viewed(address: str, picture: bytes, frames: int) -> Iterator[int]:
     """A viewer who waits for each picture before sending the next frame: the number of pictures so far."""
-    cookie = urllib.request.urlopen(f"http://{address}/metrics").headers["set-cookie"].split(";")[0]
-    with connect(f"ws://{address}/live", origin=Origin(f"http://{address}"), additional_headers={"Cookie": cookie},
-                 max_size=None) as socket:  # fmt: skip
+    with visit(address) as socket:
         for number in range(frames):
             socket.send(messages.frame_in(number, 0.0, picture))
             while isinstance(data := socket.recv(), str) or isinstance(messages.read_frame_out(data), int):
@@ -264,44 +284,37 @@ def _loop_watched(loop: asyncio.AbstractEventLoop) -> Iterator[list[float]]:
 
 
 def slow_neighbour() -> Row:
-    """How much later pictures of one viewer are when another's never get read, on a virtual clock."""
+    """How much later pictures of one viewer are when another's never get read: over sockets, and on a virtual clock."""
+    alone, beside = _p95_virtual(False), _p95_virtual(True)
+    figures = _exact(virtual_p95_ms_alone=alone, virtual_p95_ms_beside=beside, virtual_p95_change=beside / alone - 1)
+    who = Person(FPS / 2, TOGETHER_S, SETTLED_S)
+    company = {
+        "alone": [],
+        "beside": [Person(FPS, TOGETHER_S, reads=False)],
+        "beside_reader": [Person(FPS, TOGETHER_S)],
+    }
+    found = {}
+    for name, others in company.items():
+        with _embedded() as address:
+            found[name] = percentile(watch(address, [who, *others])[0], 95)
+    figures |= _exact(**{f"p95_ms_{name}": value for name, value in found.items()})
+    figures |= _exact(p95_change=found["beside"] / found["alone"] - 1)
+    note = f"the embedded model, {FPS // 2} fps beside {FPS} that nobody reads, from {SETTLED_S:g} s on; virtual, 60 s"
+    return Row("slow-neighbour", quality=figures, note=note)
 
-    def p95(neighbour: bool) -> float:
-        clock = VirtualClock()
-        worker, session = LiveWorker(clock), _timed_session(clock, lambda stream: 6.0)
-        sessions = [session]
-        if neighbour:
-            sessions.append(_timed_session(clock, lambda stream: 6.0))
-            sessions[1].on_ready = lambda: None
-        for one in sessions:
-            worker.add(one)
-            camera(clock, one, FPS, 60)
-        pass_time(clock, worker.run_one, 60)
-        return percentile(session.ledger.ages(), 95)
 
-    alone, beside = p95(False), p95(True)
-    figures = _exact(p95_ms_alone=alone, p95_ms_beside=beside, p95_change=beside / alone - 1)
-    return Row("slow-neighbour", quality=figures, note="a viewer who never reads, virtual clock, 60 s")
-
-
-class _Slowed:
-    """A denoiser that does its work twice or more when told to."""
-
-    def __init__(self, module: Any):
-        self.module, self.times = module, 1
-        self._handle = module.register_forward_pre_hook(self._before, with_kwargs=True)
-        self._inside = False
-
-    def _before(self, module: Any, words: Any, named: Any) -> None:
-        if not self._inside:
-            self._inside = True
-            for _ in range(self.times - 1):
-                module(*words, **named)
-            self._inside = False
-
-    def remove(self) -> None:
-        """Leave it as it was."""
-        self._handle.remove()
+def _p95_virtual(neighbour: bool) -> float:
+    clock = VirtualClock()
+    worker, session = LiveWorker(clock), _timed_session(clock, lambda stream: 6.0)
+    sessions = [session]
+    if neighbour:
+        sessions.append(_timed_session(clock, lambda stream: 6.0))
+        sessions[1].on_ready = lambda: None
+    for one in sessions:
+        worker.add(one)
+        camera(clock, one, FPS, 60)
+    pass_time(clock, worker.run_one, 60)
+    return percentile(session.ledger.ages(), 95)
 
 
 def deadline() -> Row:
@@ -318,10 +331,10 @@ def deadline() -> Row:
         controller = model.controller()
         session = LiveSession(model.open, model.controls(), controller=controller)
         viewer(session)
-        worker, slowed = LiveWorker(), _Slowed(model.pipe.unet)
+        worker, slowed = LiveWorker(), Slowed(model.pipe.unet)
         worker.add(session)
         try:
-            judged, late = _paced(session, worker, slowed, model.interval_ms / 1000, model.target_ms)
+            judged, late = paced(session, worker, slowed, model.interval_ms / 1000, model.target_ms, DEADLINE_FRAMES)
         finally:
             slowed.remove()
     assert controller is not None
@@ -333,45 +346,3 @@ def deadline() -> Row:
         f"target {model.target_ms:.0f} ms, camera {1000 / model.interval_ms:.1f} fps; ended at {controller.rung.name}"
     )
     return Row("deadline", quality=figures, note=note)
-
-
-def _paced(
-    session: LiveSession, worker: LiveWorker, slowed: _Slowed, interval_s: float, target_ms: float
-) -> tuple[int, int]:
-    """Frames at their time through a real model: those judged from a second after the slow-down on, and the late."""
-    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    began = session.clock()
-    slowed_at: float | None = None
-    judged = late = number = 0
-
-    def judge() -> None:
-        nonlocal judged, late
-        for one in session.take():
-            session.sent(one)
-            now = session.clock()
-            if slowed_at is not None and now - slowed_at > 1:
-                judged += 1
-                late += (now - one.journey.captured) * 1000 > target_ms
-
-    session.on_ready = judge
-    stop = threading.Event()
-
-    def shoot() -> None:
-        nonlocal number
-        while not stop.is_set():
-            due = began + number * interval_s
-            time.sleep(max(0.0, due - session.clock()))
-            # each frame differs, or the similarity filter would rightly skip them
-            session.offer(np.roll(picture, 7 * number, axis=1), number, due)
-            number += 1
-
-    thread = threading.Thread(target=shoot, daemon=True)
-    thread.start()
-    while judged < DEADLINE_FRAMES and session.clock() - began < 240:
-        if slowed_at is None and session.clock() - began > 5:
-            slowed_at, slowed.times = session.clock(), 2
-        if not worker.run_one():
-            time.sleep(0.001)
-    stop.set()
-    thread.join()
-    return judged, late

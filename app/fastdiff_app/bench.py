@@ -16,11 +16,15 @@ _SUPPORT = (
     "card",
     "chromium",
     "full_size",
+    "gpu_cache",
+    "kept",
     "page",
     "record",
     "readme",
     "slow_line",
+    "slowed",
     "sparse_linear",
+    "viewers",
 )
 
 

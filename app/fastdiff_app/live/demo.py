@@ -11,7 +11,7 @@ from pathlib import Path
 from fastdiff_app.console import err
 from fastdiff_app.failures import ExitCode, Failure, is_installed, one_line, require_torch
 
-PROMPT = "a big green circle on a plain white background"
+PROMPT = "a big yellow square on a plain black background"
 STEPS, STRENGTH = 2, 0.75
 
 

@@ -121,6 +121,7 @@ class Live:
             "model": self.model.title,
             "height": height,
             "width": width,
+            "fps": round(1000 / self.model.interval_ms, 3),
             "settings": {"prompt": self.model.settings.prompt, **self.model.options()},
             "adapters": self.model.lora.scales if self.model.lora is not None else {},
             "conditions": self.model.conditions,

@@ -92,6 +92,10 @@ def _url(target: str, container_format: str, fps: float, height: int, width: int
 
             yield write
             container.mux(stream.encode(None))
+    except av.ProtocolNotFoundError as error:
+        scheme = target.partition("://")[0]
+        said = f"this PyAV's FFmpeg knows no {scheme}; send to rtmp or udp, or build PyAV against one that does"
+        raise Failure(ExitCode.MISSING, said) from error
     except (av.FFmpegError, OSError) as error:
         raise Failure(ExitCode.OUTPUT, f"cannot send to {target}: {one_line(error)}") from error
 
@@ -131,7 +135,7 @@ def _window(height: int, width: int) -> Iterator[Callable[[np.ndarray], None]]:
 @contextmanager
 def _virtual(fps: float, height: int, width: int) -> Iterator[Callable]:
     if not is_installed("pyvirtualcam"):
-        raise Failure(ExitCode.MISSING, "a virtual camera needs: python -m pip install pyvirtualcam")
+        raise Failure(ExitCode.MISSING, "a virtual camera needs: python -m pip install 'fastdiff[virtual]'")
     import pyvirtualcam  # type: ignore[import-not-found]
 
     try:

@@ -2,8 +2,10 @@
 
 A ladder runs from the settings as asked for to the cheapest that is still wanted. The controller compares what a frame
 just cost with the table, so it knows how much slower the machine is than when it was measured, and goes straight to
-the first rung that fits. It changes at most once a second, goes up only when the better rung would have fitted for a
-while, and waits longer each time that turns out wrong.
+the first rung that fits, with room for the stalls that it has seen: a push that takes longer than its neighbours makes
+every frame inside late, so what is kept free follows from how often that happens and not from a typical push. It
+changes at most once a second, goes up only when the better rung would have fitted for a while, and waits longer each
+time that turns out wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from typing import Any
 
 CHANGE_EVERY_S = 1.0
 RECENT = 3
+AROUND = 5
+REMEMBERED = 512
+MISS_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,9 @@ class DeadlineController:
         self.decisions: deque[Decision] = deque(maxlen=256)
         self._at = 0
         self._ratios: deque[float] = deque(maxlen=RECENT)
+        self._pushes: deque[tuple[float, float]] = deque(maxlen=AROUND)
+        self._stalls: deque[float] = deque(maxlen=REMEMBERED)
+        self._rarest: list[float] = []
         self._worst: deque[tuple[float, float]] = deque()
         self._changed: float | None = None
         self._fits_since: float | None = None
@@ -118,8 +126,15 @@ class DeadlineController:
         if not self.rung.drops:
             return True
         inside = self.rung.inside_ms(self.slowness, self.budget.interval_ms)
+        expected = waited_ms + inside + self.overhead_ms + self.stall_ms(self.rung)
         # what cannot be on time even when fresh is let in: late pictures are better than none
-        return waited_ms + inside + self.overhead_ms <= self.budget.target_ms or waited_ms <= 0.25 * inside
+        return expected <= self.budget.target_ms or waited_ms <= 0.25 * inside
+
+    def stall_ms(self, rung: Rung) -> float:
+        """By how much a push was longer than its neighbours so often that more than `MISS_SHARE` of frames had it."""
+        # every frame that is inside a stalled push is late, and the one that waits for it
+        allowed = int(MISS_SHARE / (rung.depth + 1) * len(self._rarest))
+        return self._rarest[allowed] if self._rarest else 0.0
 
     def observe(self, push_ms: float, at: float, overhead_ms: float | None = None) -> Decision | None:
         """Tell what a full push took; the answer is a change of rung, or None.
@@ -133,6 +148,7 @@ class DeadlineController:
             self.overhead_ms = max(0.0, overhead_ms)
         ratio = push_ms / self.rung.cost_ms
         self._ratios.append(ratio)
+        self._note_stall(ratio)
         self._worst.append((at, ratio))
         while self._worst[0][0] < at - self._patience_now:
             self._worst.popleft()
@@ -140,11 +156,28 @@ class DeadlineController:
             return None
         return self._down(at) if not self._fits(self.rung, self.slowness) else self._up(at)
 
+    def _note_stall(self, ratio: float) -> None:
+        """Judge the push before the last ones by those on both sides: a machine that stays slow has not stalled."""
+        self._pushes.append((ratio, self.rung.cost_ms))
+        if len(self._pushes) < AROUND:
+            return
+        middle, cost = self._pushes[AROUND // 2]
+        usual = statistics.median(one for one, _ in self._pushes)
+        self._stalls.append(max(0.0, (middle - usual) * cost))
+        quickest = min(rung.inside_ms(self.slowness, self.budget.interval_ms) for rung in self.rungs)
+        # giving something up for a stall that no rung could bear would buy nothing
+        bearable = self._most_ms - self.overhead_ms - quickest
+        self._rarest = sorted((one for one in self._stalls if one <= bearable), reverse=True)
+
+    @property
+    def _most_ms(self) -> float:
+        return self.budget.target_ms * (1 - self.budget.margin)
+
     def _fits(self, rung: Rung, slowness: float) -> bool:
-        age = rung.inside_ms(slowness, self.budget.interval_ms) + self.overhead_ms
+        age = rung.inside_ms(slowness, self.budget.interval_ms) + self.overhead_ms + self.stall_ms(rung)
         if not rung.drops:
             age += self.budget.interval_ms
-        return age <= self.budget.target_ms * (1 - self.budget.margin)
+        return age <= self._most_ms
 
     def _down(self, at: float) -> Decision | None:
         self._fits_since = None

@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 
-STAGES = ("uplink", "wait", "unpack", "encode", "denoise", "decode", "others", "idle", "pack", "send", "paint")
+from fastdiff_pipelines.slots import Timings
+
+STAGES = ("uplink", "wait", "unpack", "encode", "denoise", "decode", "others", "rest", "idle", "pack", "send", "paint")
 """Parts of the way in order: to this machine; in the mailbox; to pixels; the three models; other frames' encoding and
-decoding; in the stream while nothing of this session runs; to bytes; in the outbox; and to the viewer's screen."""
+decoding; what else the stream did; in the stream while nothing of this session runs; to bytes; in the outbox; and to
+the viewer's screen."""
 
 WINDOW = 2048
 PERCENTS = (50, 95, 99)
@@ -44,6 +47,24 @@ class Journey:
     def spend(self, stage: str, milliseconds: float) -> None:
         """Add to a stage."""
         self.stages[stage] = self.stages.get(stage, 0.0) + milliseconds
+
+    def spend_inside(self, timings: Timings, models_ms: float, busy_ms: float, whole_ms: float) -> None:
+        """Add the stages of a stream.
+
+        Args:
+            timings: what the stream says of this frame.
+            models_ms: what it says its models took meanwhile, for whichever frames.
+            busy_ms: of its operations meanwhile.
+            whole_ms: from going in to coming out.
+        """
+        own = {"encode": timings.encode_ms, "denoise": timings.denoise_ms, "decode": timings.decode_ms}
+        for stage, milliseconds in own.items():
+            self.spend(stage, milliseconds)
+        # a repeated frame took part in no call, so all that ran meanwhile was others' work
+        self.spend("others", max(0.0, models_ms - sum(own.values())))
+        # what a stream does not say of itself, and all of one that says nothing
+        self.spend("rest", max(0.0, busy_ms - max(models_ms, sum(own.values()))))
+        self.spend("idle", whole_ms - busy_ms)
 
 
 @dataclass

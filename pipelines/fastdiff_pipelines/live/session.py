@@ -6,7 +6,6 @@ lets the model run. Only the worker touches streams, so settings change between 
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections import OrderedDict, deque
@@ -19,12 +18,11 @@ from fastdiff_pipelines.latest import Captured, LatestFrame
 from fastdiff_pipelines.live.controller import DeadlineController, Decision, Rung
 from fastdiff_pipelines.live.controls import Controls
 from fastdiff_pipelines.live.ledger import Finished, Journey, Ledger
+from fastdiff_pipelines.live.outbox import Outbox
 from fastdiff_pipelines.live.recording import Recording, digest
 from fastdiff_pipelines.slots import NotFinite, Output
 
-OUTBOX = 2
 UNREAD_S = 1.0
-UNACKNOWLEDGED = 256
 MOST_FAILURES = 3
 AROUND = ("uplink", "unpack", "pack", "send", "paint")
 
@@ -35,6 +33,7 @@ Open = Callable[[float, str | None], Any]
 @dataclass
 class _Inside:
     journey: Journey
+    rung: Rung | None
     pushed: float
     busy: float
     spent: tuple[float, float, float]
@@ -78,10 +77,9 @@ class LiveSession:
         self.recording = recording
         self.sharers = 1
         self.closed = False
-        self._open, self._unpack, self._pack, self._acknowledged = open, unpack, pack, acknowledged
+        self._open, self._unpack, self._pack = open, unpack, pack
         self._inbox = LatestFrame()
-        self._outbox: deque[Finished] = deque()
-        self._shown: OrderedDict[int, tuple[Finished, float]] = OrderedDict()
+        self._outbox = Outbox(acknowledged)
         self._lock = threading.Lock()
         self._streams: dict[tuple[float, str | None], Any] = {}
         self._place: tuple[float, str | None] | None = None
@@ -92,7 +90,7 @@ class LiveSession:
         self._inside: OrderedDict[int, _Inside] = OrderedDict()
         self._busy = 0.0
         self._pushed_at = clock()
-        self._around: deque[float] = deque(maxlen=15)
+        self._around: deque[float] = deque(maxlen=60)
         self._failures = 0
 
     # for the transport
@@ -125,30 +123,23 @@ class LiveSession:
 
     def take(self) -> list[Finished]:
         """Pictures that wait to be sent, oldest first."""
-        with self._lock:
-            found = list(self._outbox)
-            self._outbox.clear()
-            return found
+        return self._outbox.take()
 
     def sent(self, one: Finished) -> None:
         """A picture has left; where nobody acknowledges, it counts as shown."""
         now = self.clock()
         one.journey.spend("send", (now - one.packed) * 1000)
-        if not self._acknowledged:
+        if self._outbox.acknowledged:
+            self._outbox.sent(one, now)
+        else:
             self._finish(one.journey, now)
-            return
-        with self._lock:
-            self._shown[one.journey.frame_id] = (one, now)
-            while len(self._shown) > UNACKNOWLEDGED:
-                self._shown.popitem(last=False)
 
     def painted(self, frame_id: int, age_ms: float) -> bool:
         """The viewer saw a picture at this age by its own clock; False for one that is not awaited.
 
         The age is the viewer's word, held to be no less than what passed here and no more than what passed since.
         """
-        with self._lock:
-            found = self._shown.pop(frame_id, None)
+        found = self._outbox.seen(frame_id)
         if found is None:
             return False
         one, left = found
@@ -164,10 +155,7 @@ class LiveSession:
             if self.closed:
                 return
             self.closed = True
-            waiting = self._inbox.put_count - self._inbox.taken_count - self._inbox.dropped_count
-            count = waiting + len(self._outbox) + len(self._inside)
-            self._outbox.clear()
-            self._shown.clear()
+            count = self._count_waiting() + self._outbox.clear() + len(self._inside)
             self._inbox.close()
         self.ledger.drop("closed", count)
 
@@ -176,11 +164,9 @@ class LiveSession:
     @property
     def waits(self) -> bool:
         """Whether a frame is waiting for its turn."""
-        inbox = self._inbox
-        if self.closed or inbox.put_count <= inbox.taken_count + inbox.dropped_count:
-            return False
         # whoever does not read shall not cost others much, but what waits for him must not grow old either
-        return len(self._outbox) < OUTBOX or self.clock() - self._pushed_at >= UNREAD_S
+        kept_up = not self._outbox.unread or self.clock() - self._pushed_at >= UNREAD_S
+        return kept_up and not self.closed and self._count_waiting() > 0
 
     def idle(self, now: float, after_s: float) -> bool:
         """Whether frames are inside and nothing has followed them for a while."""
@@ -192,8 +178,23 @@ class LiveSession:
         return None if self._stream is None else self._stream.size
 
     def prepare(self) -> None:
-        """Make the stream now, before a frame waits for it."""
+        """Make the streams now, before a frame waits for one."""
         self._prepare()
+        while self.unprepared is not None:
+            self.prepare_another()
+
+    def prepare_another(self) -> None:
+        """Make a stream that the ladder may ask for, as no frame would be on time if it were made then."""
+        place = self.unprepared
+        if place is not None:
+            self._streams[place] = self._open(*place)
+
+    @property
+    def unprepared(self) -> tuple[float, str | None] | None:
+        """Size and plan of a stream yet to be made; None when there are all, or the first was not needed yet."""
+        if self.closed or self.controller is None or self._stream is None:
+            return None
+        return next((one for rung in self.controller.rungs if (one := _place(rung)) not in self._streams), None)
 
     def step(self) -> None:
         """One turn: the newest frame goes in, what is finished comes out."""
@@ -230,6 +231,9 @@ class LiveSession:
 
     _switch: tuple[Recording | None] | None = None
 
+    def _count_waiting(self) -> int:
+        return self._inbox.put_count - self._inbox.taken_count - self._inbox.dropped_count
+
     def _newest(self) -> Captured | None:
         try:
             return self._inbox.get(timeout=0)
@@ -239,8 +243,8 @@ class LiveSession:
     def _prepare(self) -> None:
         """The stream of the rung in force, with the settings that hold now."""
         rung = self.controller.rung if self.controller is not None else Rung("as asked")
-        extra = dict(rung.changes)
-        place = (float(extra.pop("scale", 1.0)), extra.pop("plan", None))
+        place = _place(rung)
+        extra = {name: value for name, value in rung.changes.items() if name not in ("scale", "plan")}
         switch, self._switch = self._switch, None
         if place != self._place or switch is not None:
             self.drain()
@@ -292,16 +296,19 @@ class LiveSession:
             self.recording.write("change", settings=changes, lora=scales)
 
     def _push(self, frame: Any, journey: Journey, entered: float) -> None:
-        full = self.controller is not None and len(self._inside) >= self.controller.rung.depth - 1
+        rung = None if self.controller is None else self.controller.rung
         journey.version = self._applied_version
-        self._inside[journey.frame_id] = _Inside(journey, entered, self._busy, self._spent())
+        self._inside[journey.frame_id] = _Inside(journey, rung, entered, self._busy, self._spent())
+        # a rung's cost is of frames that are all of this rung, and as many as it holds
+        settled = rung is not None and next(iter(self._inside.values())).rung is rung
+        full = rung is not None and settled and len(self._inside) >= rung.depth
         if self.recording is not None:
             self.recording.frame(journey.frame_id, journey.captured, frame)
         outputs = self._run(lambda: self._stream.push(frame, journey.frame_id, journey.captured), "push")
         self._pushed_at = self.clock()
         repeated = any(one.repeated for one in outputs)
         if self.controller is not None and full and not repeated:
-            around = statistics.median(self._around) if self._around else None
+            around = sorted(self._around)[int(0.9 * len(self._around))] if self._around else None
             spent = (self._pushed_at - entered) * 1000 * self.sharers
             decision = self.controller.observe(spent, self._pushed_at, around)
             if decision is not None:
@@ -360,28 +367,18 @@ class LiveSession:
         inside = self._inside.pop(output.frame_id)
         journey, timings = inside.journey, output.timings
         journey.repeated = output.repeated
-        encode, denoise, decode = timings.encode_ms, timings.denoise_ms, timings.decode_ms
-        spent = [now - then for now, then in zip(self._spent(), inside.spent, strict=True)]
-        for stage, value in (("encode", encode), ("denoise", denoise), ("decode", decode)):
-            journey.spend(stage, value)
-        # a repeated frame took part in no call, so all that ran meanwhile was others' work
-        journey.spend("others", max(0.0, sum(spent) - encode - denoise - decode))
-        journey.spend("idle", (ended - inside.pushed - (self._busy - inside.busy)) * 1000)
-        image = output.image
-        begun = self.clock()
-        payload = self._pack(image)
+        spent = sum(self._spent()) - sum(inside.spent)
+        journey.spend_inside(timings, spent, (self._busy - inside.busy) * 1000, (ended - inside.pushed) * 1000)
+        payload = self._pack(output.image)
         packed = self.clock()
-        journey.spend("pack", (packed - ended) * 1000 if begun >= ended else 0.0)
+        journey.spend("pack", (packed - ended) * 1000)
         self._send(Finished(journey, payload, packed))
 
     def _send(self, one: Finished) -> None:
         with self._lock:
             if self.closed:
                 return
-            self._outbox.append(one)
-            late = len(self._outbox) > OUTBOX
-            if late:
-                self._outbox.popleft()
+            late = self._outbox.put(one)
         if late:
             self.ledger.drop("outbox")
         self.on_ready()
@@ -392,6 +389,11 @@ class LiveSession:
 
     def _spent(self) -> tuple[float, float, float]:
         return getattr(self._stream, "spent_ms", (0.0, 0.0, 0.0))
+
+
+def _place(rung: Rung) -> tuple[float, str | None]:
+    """The share of the size and the plan that a rung's stream has."""
+    return float(rung.changes.get("scale", 1.0)), rung.changes.get("plan")
 
 
 _NOTHING = object()

@@ -72,9 +72,13 @@ class LiveWorker:
         with self._condition:
             waiting = [key for key, one in self._sessions.items() if one.waits]
             chosen = self._turns.choose(waiting)
-            drained = chosen is None
-            if drained:
+            kind = "step"
+            if chosen is None:
+                kind = "drain"
                 chosen = next((key for key, one in self._sessions.items() if one.idle(now, DRAIN_AFTER_S)), None)
+            if chosen is None:
+                kind = "prepare_another"
+                chosen = next((key for key, one in self._sessions.items() if one.unprepared), None)
             if chosen is None:
                 return False
             key = chosen
@@ -83,7 +87,7 @@ class LiveWorker:
             session.sharers = sum(now - then < ACTIVE_S for then in self._active.values())
         before = self.energy() if self.energy is not None else 0.0
         try:
-            session.drain() if drained else session.step()
+            getattr(session, kind)()
         except Exception as error:
             # one session's trouble must not end everybody's
             log.exception("a live session failed")

@@ -25,6 +25,7 @@ class Server:
 
     port: int
     live: Any
+    loop: asyncio.AbstractEventLoop
 
     @property
     def address(self) -> str:
@@ -35,6 +36,14 @@ class Server:
         found = httpx.get(f"http://{self.address}/metrics", **options)
         found.raise_for_status()
         return found.headers["set-cookie"].split(";")[0]
+
+    def tasks(self) -> int:
+        """How many tasks its event loop has."""
+
+        async def count() -> int:
+            return len(asyncio.all_tasks()) - 1
+
+        return asyncio.run_coroutine_threadsafe(count(), self.loop).result(30)
 
     def viewer(self, **headers: str) -> Any:
         """A WebSocket as the page opens it."""
@@ -66,7 +75,8 @@ def serving(model: LiveModel | None = None, page: bool = False, **options: Any) 
         thread.start()
         assert started.wait(120)
         try:
-            yield Server(server.servers[0].sockets[0].getsockname()[1], app.live)
+            where = server.servers[0]
+            yield Server(where.sockets[0].getsockname()[1], app.live, where.get_loop())
         finally:
             server.should_exit = True
             thread.join(30)

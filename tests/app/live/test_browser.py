@@ -24,10 +24,15 @@ def _start(page, address: str) -> None:
     page.run("document.querySelector('.fd-start').click()")
 
 
-def test_frames_flow_from_the_camera_to_the_canvas_and_are_all_accounted_for(live_server) -> None:
+def test_frames_flow_from_the_camera_to_the_canvas_and_are_all_accounted_for(
+    live_server, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with live_server(LiveModel("identity", Settings(""), size=(256, 256)), page=True) as server, browser() as page:
         _start(page, server.address)
         page.until(f"{STATE}.shown >= {FRAMES}", 180)
+        # the page asks the camera for the session's rate, and this one has it
+        assert page.run(f"{STATE}.stream.getVideoTracks()[0].getSettings().frameRate") == 30
         ids, errors = page.run(f"{STATE}.ids"), page.run(f"{STATE}.errors")
         page.until(f"{STATE}.ledger && {STATE}.ledger.frames.shown >= {FRAMES}", 30)
         ledger = server.live.worker.sessions[0].ledger.summary()
@@ -36,6 +41,7 @@ def test_frames_flow_from_the_camera_to_the_canvas_and_are_all_accounted_for(liv
         page.run("document.querySelector('.fd-stop').click()")
         page.until("document.querySelector('.fd-live').dataset.state === 'idle'", 10)
     assert all(b > a for a, b in pairwise(ids))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert {"uplink", "wait", "unpack", "pack", "send", "paint"} <= set(ledger["stages_ms"])
     # the browser's clock measured the whole, ours the parts
     assert ledger["unexplained_ms"]["p50"] <= 2

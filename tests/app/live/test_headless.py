@@ -1,8 +1,14 @@
 """Live sessions without a page: sources, sinks, the ledger's JSON, recordings and their replay."""
 
+import contextlib
 import io
 import json
+import shutil
+import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +18,7 @@ import pytest
 from fastdiff_app import images, video
 from fastdiff_app.failures import ExitCode, Failure
 from fastdiff_app.live import sources
-from fastdiff_app.live.sinks import Ended, sink
+from fastdiff_app.live.sinks import Ended
 
 STREAM = ("stream", "--model", "identity", "--size", "64")
 
@@ -73,6 +79,38 @@ def test_folders_and_raw_frames_are_sources(tmp_path: Path, monkeypatch: pytest.
         list(sources.frames("-", 16, 16))
 
 
+def test_a_video_is_fetched_from_an_address(clip: Path) -> None:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    handler = partial(Quiet, directory=str(clip.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/{clip.name}"
+        found = list(sources.frames(address, 16, 16))
+        server.shutdown()
+    assert np.array_equal(found, list(sources.frames(str(clip), 16, 16)))
+    assert len(found) == 6
+
+
+@pytest.mark.skipif(shutil.which("Xvfb") is None, reason="no Xvfb is installed (Debian: apt install xvfb)")
+def test_the_screen_is_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["Xvfb", "-displayfd", "1", "-screen", "0", "64x48x24"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as screen:
+        assert screen.stdout is not None
+        try:
+            monkeypatch.setenv("DISPLAY", f":{screen.stdout.readline().strip()}")
+            assert sources.is_live("screen")
+            with contextlib.closing(sources.frames("screen", 16, 16)) as found:  # type: ignore[type-var]
+                assert next(found).shape == (16, 16, 3)
+        finally:
+            screen.terminate()
+    monkeypatch.delenv("DISPLAY")
+    with pytest.raises(Failure, match="no X11 screen"):
+        sources.frames("screen", 16, 16)
+
+
 @pytest.mark.parametrize("source", ["camera:x", "absent.mp4", "camera:77"])
 def test_a_source_that_is_not_there_is_one_line(program, source: str) -> None:
     ran = program(*STREAM, "--source", source, "--sink", "never")
@@ -95,17 +133,6 @@ def test_frames_are_paced_by_the_clock_and_late_ones_do_not_wait() -> None:
         now[0] += 0.25 if frame == 0 else 0.0
     assert [due for due, _ in taken] == pytest.approx([10.0, 10.1, 10.2, 10.3])
     assert slept == pytest.approx([0.05])
-
-
-def test_raw_pictures_and_folders_are_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
-    with sink(str(tmp_path / "out"), 30, 8, 8) as write:
-        write(picture)
-    assert np.array_equal(np.asarray(images.read_image(tmp_path / "out" / "000000.png")), picture)
-    monkeypatch.delenv("DISPLAY", raising=False)
-    for wrong in ("ftp://x", "file.gif", "window", "virtual"):
-        with pytest.raises(Failure), sink(wrong, 30, 8, 8):
-            pass
 
 
 def test_a_sink_that_breaks_ends_the_run_with_its_own_words(

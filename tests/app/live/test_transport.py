@@ -139,6 +139,14 @@ def test_with_a_password_everything_but_health_needs_it(live_server) -> None:
         assert httpx.get(f"http://{server.address}/metrics", auth=("ann", "wrong")).status_code == 401
         assert server.cookie(auth=("ann", "s3cret")).startswith("fastdiff=")
 
+        async def main(**headers: str) -> str:
+            async with server.viewer(**headers) as socket:
+                return json.loads(await socket.recv())["type"]
+
+        with pytest.raises(InvalidStatus):
+            asyncio.run(main(Cookie="none=1", Authorization="Basic YW5uOnMzY3JldA=="))
+        assert asyncio.run(main(Cookie=server.cookie(auth=("ann", "s3cret")))) == "hello"
+
 
 def test_more_people_than_places_are_told_and_places_come_free(live_server, text_of) -> None:
     async def main(server) -> None:
@@ -216,6 +224,24 @@ def test_a_condition_is_a_picture_of_the_models_size_whose_scale_moves(server, t
             await socket.send(json.dumps({"type": "set", "changes": {"control": None}}))
             await text_of(socket, "settings")
             assert session.controls.settings.control is None
+
+    asyncio.run(main())
+
+
+def test_blends_and_ramps_come_as_json(server, text_of) -> None:
+    async def main() -> None:
+        async with server.viewer() as socket:
+            hello = await text_of(socket, "hello")
+            assert hello["fps"] == 30
+            changes = {"prompts": [["a fox", 0.3], ["a wolf", 0.7]], "seeds": [[1, 1], [2, 3]], "strength": 0.8}
+            await socket.send(json.dumps({"type": "set", "changes": changes, "seconds": 60}))
+            assert (await text_of(socket, "settings"))["version"] == 1
+            controls = server.live.worker.sessions[0].controls
+            assert controls.settings.prompts == (("a fox", 0.3), ("a wolf", 0.7))
+            assert controls.settings.seeds == ((1, 1), (2, 3))
+            assert controls.moving
+            await socket.send(json.dumps({"type": "set", "changes": {"prompts": [["a fox", -1]]}}))
+            assert "prompts must be" in (await text_of(socket, "error"))["message"]
 
     asyncio.run(main())
 
@@ -318,6 +344,8 @@ def test_random_texts_are_read_or_refused(text: str) -> None:
 def test_ten_thousand_random_messages_over_the_wire_leak_no_task_and_end_no_server(server, jpeg, picture_of) -> None:
     rng = np.random.default_rng(0)
 
+    before = server.tasks()
+
     async def main() -> None:
         cookie, left = server.cookie(), 10_000
         while left:
@@ -332,6 +360,12 @@ def test_ten_thousand_random_messages_over_the_wire_leak_no_task_and_end_no_serv
             assert (await picture_of(socket))[0] == 0
 
     asyncio.run(main())
+    for _ in range(600):
+        if server.tasks() <= before and not server.live.viewers:
+            break
+        asyncio.run(asyncio.sleep(0.05))
+    assert server.tasks() <= before
+    assert server.live.worker.sessions == []
 
 
 def test_pictures_are_cut_around_their_centre() -> None:

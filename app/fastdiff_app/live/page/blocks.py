@@ -6,6 +6,7 @@ import contextlib
 import html
 import io
 import json
+import re
 import tempfile
 import threading
 import zipfile
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fastdiff_app.live.server import Live
 
 HERE = Path(__file__).parent
-PROMPT = "a big green circle on a plain white background"
+PROMPT = "a big yellow square on a plain black background"
 MOST_JOB_LINES = 200
 
 
@@ -125,7 +126,7 @@ def _compare(studio: Studio) -> None:
         prompt = gr.Textbox(PROMPT, label="Prompt", scale=4)
         steps = gr.Slider(1, 100, 25, step=1, label="Steps", scale=2)
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", scale=1, min_width=90)
-        go = gr.Button("Compare", variant="primary", scale=1, min_width=110)
+        go = gr.Button("Compare", variant="primary", scale=1, min_width=110, elem_classes="fd-go")
     with gr.Row():
         slow = gr.Image(label="diffusers", format="png", buttons=["download"])
         fast = gr.Image(label="fastdiff", format="png", buttons=["download"])
@@ -164,7 +165,7 @@ def _batch(name: str | None) -> None:
             lines = gr.Textbox("a red circle on a blue background\na small yellow square on a black background",
                                label="A prompt a line", lines=6)  # fmt: skip
             file = gr.File(label="Or a file of jobs (.txt, .csv, .jsonl)", file_types=[".txt", ".csv", ".jsonl"],
-                           height=140)  # fmt: skip
+                           height=180)  # fmt: skip
             with gr.Row():
                 steps = gr.Slider(1, 100, 25, step=1, label="Steps")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed")
@@ -260,6 +261,7 @@ def _about(live: Live, tab: gr.Tab) -> None:
         with contextlib.suppress(Failure):
             doctor.doctor(None if live.model.name == IDENTITY else live.model.name,
                           Console(file=file, highlight=False, soft_wrap=True, width=120))  # fmt: skip
-        return file.getvalue()
+        # reasons stand far to the right in a terminal, and would be alone on a line here
+        return re.sub(r"(?<=\S) {16,}", "   ", file.getvalue())
 
     tab.select(look, None, text, concurrency_limit=1)

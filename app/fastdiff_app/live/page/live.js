@@ -1,9 +1,34 @@
 // The live tab: camera frames out, pictures in, every picture acknowledged with its age as this page measured it.
 const $ = (name) => element.querySelector(".fd-" + name);
 const root = $("live"), picture = $("picture"), camera = $("camera"), chart = $("chart");
-const paint = picture.getContext("2d"), small = document.createElement("canvas"), ink = small.getContext("2d", { alpha: false });
+const paint = picture.getContext("2d"), about = JSON.parse(root.dataset.hello);
 const MOST_IN_FLIGHT = 16;
-const S = { socket: null, hello: null, source: null, stream: null, next: 0, flying: new Map(), trips: [], offset: 0, bestTrip: 1e9, fps: 30,
+// a thread of its own cuts frames to size and packs them: the page's thread would pack only when it has nothing to paint
+const packer = new Worker(URL.createObjectURL(new Blob([`
+  const canvas = new OffscreenCanvas(1, 1), ink = canvas.getContext("2d", { alpha: false, willReadFrequently: true });
+  const pack = async ({ image, width, height, mirrored }) => {
+    if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; }
+    const w = image.displayWidth || image.width, h = image.displayHeight || image.height;
+    const side = Math.min(w / width, h / height), cutW = width * side, cutH = height * side;
+    ink.setTransform(mirrored ? -1 : 1, 0, 0, 1, mirrored ? width : 0, 0);
+    ink.drawImage(image, (w - cutW) / 2, (h - cutH) / 2, cutW, cutH, 0, 0, width, height);
+    image.close();
+    return (await canvas.convertToBlob({ type: "image/jpeg", quality: 0.85 })).arrayBuffer();
+  };
+  onmessage = async ({ data }) => {
+    const bytes = await pack(data).catch(() => new ArrayBuffer(0));
+    postMessage({ at: data.at, bytes }, [bytes]);
+  };`], { type: "text/javascript" })));
+packer.onmessage = ({ data: { at, bytes } }) => {
+  S.encoding = false;
+  if (!S.socket || S.socket.readyState !== 1 || !S.hello || !bytes.byteLength) return;
+  const id = S.next++, data = new Uint8Array(13 + bytes.byteLength), view = new DataView(data.buffer);
+  view.setUint8(0, 1); view.setUint32(1, id, true); view.setFloat64(5, at + S.offset, true);
+  data.set(new Uint8Array(bytes), 13);
+  S.flying.set(id, performance.now());
+  S.socket.send(data);
+};
+const S = { socket: null, hello: null, source: null, stream: null, next: 0, flying: new Map(), trips: [], offset: 0, bestTrip: 1e9, fps: about.fps,
   held: 0, shown: 0, ids: [], ages: [], points: [], errors: [], lastFrame: 0, encoding: false, recording: false, ledger: null, times: [], mirrored: false };
 element.fastdiff = S;
 
@@ -45,33 +70,17 @@ function pong(message) {
   S.bestTrip += 0.05;
 }
 
-function size() {
-  return [S.hello.width, S.hello.height];
-}
-function send(at, image) {
+async function send(at, image) {
   if (!S.socket || S.socket.readyState !== 1 || !S.hello) return;
   const gap = at - S.lastFrame; S.lastFrame = at;
   if (gap > 5 && gap < 200) S.fps = 0.95 * S.fps + 0.05 * (1000 / gap);
   if (S.flying.size >= limit() || S.socket.bufferedAmount > 65536 || S.encoding) { S.held += 1; return; }
-  const [width, height] = size(), w = image.displayWidth || image.videoWidth || image.width, h = image.displayHeight || image.videoHeight || image.height;
-  if (!w || !h) return;
-  if (small.width !== width || small.height !== height) { small.width = width; small.height = height; }
-  const side = Math.min(w / width, h / height), cutW = width * side, cutH = height * side;
-  // people expect a mirror of a camera that looks at them
-  ink.setTransform(S.mirrored ? -1 : 1, 0, 0, 1, S.mirrored ? width : 0, 0);
-  ink.drawImage(image, (w - cutW) / 2, (h - cutH) / 2, cutW, cutH, 0, 0, width, height);
   S.encoding = true;
-  small.toBlob(async (blob) => {
-    try {
-      const bytes = await blob.arrayBuffer();
-      if (!S.socket || S.socket.readyState !== 1) return;
-      const id = S.next++, data = new Uint8Array(13 + bytes.byteLength), view = new DataView(data.buffer);
-      view.setUint8(0, 1); view.setUint32(1, id, true); view.setFloat64(5, at + S.offset, true);
-      data.set(new Uint8Array(bytes), 13);
-      S.flying.set(id, performance.now());
-      S.socket.send(data);
-    } finally { S.encoding = false; }
-  }, "image/jpeg", 0.85);
+  // a frame of the camera's can change its thread; what a video or a canvas shows must be copied first
+  const mine = window.VideoFrame && image instanceof VideoFrame ? image : await createImageBitmap(image).catch(() => null);
+  if (!mine) { S.encoding = false; return; }
+  // people expect a mirror of a camera that looks at them
+  packer.postMessage({ image: mine, width: S.hello.width, height: S.hello.height, mirrored: S.mirrored, at }, [mine]);
 }
 async function frame(buffer) {
   const view = new DataView(buffer), kind = view.getUint8(0), id = view.getUint32(1, true);
@@ -94,8 +103,8 @@ async function frame(buffer) {
   if (S.socket && S.socket.readyState === 1) S.socket.send(data.buffer);
 }
 
-const WORDS = { uplink: "to the server", wait: "waiting", unpack: "unpacking", encode: "encoder", denoise: "denoiser", decode: "decoder", others: "other frames", idle: "between steps", pack: "packing", send: "sending", paint: "to the screen" };
-const TINTS = ["#7cc4ff", "#5a7a9a", "#9ad0c2", "#f2b65c", "#ee7d4f", "#d95f8a", "#8a6fb0", "#4b5568", "#6fbf73", "#5d9cec", "#a6b8d8"];
+const WORDS = { uplink: "to the server", wait: "waiting", unpack: "unpacking", encode: "encoder", denoise: "denoiser", decode: "decoder", others: "other frames", rest: "rest of the model", idle: "between steps", pack: "packing", send: "sending", paint: "to the screen" };
+const TINTS = ["#7cc4ff", "#5a7a9a", "#9ad0c2", "#f2b65c", "#ee7d4f", "#d95f8a", "#8a6fb0", "#b9a3d0", "#4b5568", "#6fbf73", "#5d9cec", "#a6b8d8"];
 function report(message) {
   const found = S.ledger = message.ledger, put = (name, text) => { $(name).textContent = text; };
   put("shown", found.frames.shown);
@@ -119,16 +128,18 @@ function report(message) {
   $("rung").hidden = asked; put("rung", asked ? "" : message.rung);
 }
 function draw() {
-  const now = performance.now(), pen = chart.getContext("2d"), { width, height } = chart;
+  const now = performance.now(), pen = chart.getContext("2d"), dots = window.devicePixelRatio || 1;
+  const width = Math.round(chart.clientWidth * dots), height = Math.round(chart.clientHeight * dots);
+  if (chart.width !== width || chart.height !== height) { chart.width = width; chart.height = height; }
   S.points = S.points.filter(([at]) => now - at < 15000);
   S.times = S.times.filter((at) => now - at < 15000);
   pen.clearRect(0, 0, width, height);
   if (S.points.length > 1) {
     const ages = S.points.map(([, age]) => age).sort((a, b) => a - b), p95 = ages[Math.floor(0.95 * (ages.length - 1))];
     const top = Math.max(20, 1.35 * p95), style = getComputedStyle(root);
-    const y = (age) => height - 8 - (height - 20) * Math.min(1, age / top), x = (at) => width - (now - at) / 15000 * width;
-    pen.strokeStyle = style.getPropertyValue("--border-color-primary"); pen.setLineDash([4, 6]); pen.beginPath(); pen.moveTo(0, y(p95)); pen.lineTo(width, y(p95)); pen.stroke(); pen.setLineDash([]);
-    pen.strokeStyle = style.getPropertyValue("--color-accent"); pen.lineWidth = 2.5; pen.beginPath();
+    const y = (age) => height - 4 * dots - (height - 8 * dots) * Math.min(1, age / top), x = (at) => width - (now - at) / 15000 * width;
+    pen.strokeStyle = style.getPropertyValue("--border-color-primary"); pen.lineWidth = dots; pen.setLineDash([4 * dots, 4 * dots]); pen.beginPath(); pen.moveTo(0, y(p95)); pen.lineTo(width, y(p95)); pen.stroke(); pen.setLineDash([]);
+    pen.strokeStyle = style.getPropertyValue("--color-accent"); pen.lineWidth = 1.5 * dots; pen.lineJoin = "round"; pen.beginPath();
     S.points.forEach(([at, age], i) => i ? pen.lineTo(x(at), y(age)) : pen.moveTo(x(at), y(age)));
     pen.stroke();
     $("p95").textContent = "p95 " + p95.toFixed(0) + " ms";
@@ -194,9 +205,10 @@ $("retarget").addEventListener("change", () => set({ on_update: $("retarget").ch
 async function go(kind) {
   say("");
   try {
+    if (!window.OffscreenCanvas) throw new Error("This browser is too old for the live view; stream through Gradio instead, below.");
     if (kind === "camera") {
       if (!navigator.mediaDevices) throw new Error("Browsers give a camera only to https pages and to localhost. Start the server with --https, or open it as localhost.");
-      S.stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 512 }, height: { ideal: 512 }, frameRate: { ideal: 30 } } });
+      S.stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: Math.max(512, about.width) }, height: { ideal: Math.max(512, about.height) }, frameRate: { ideal: about.fps } } });
       S.mirrored = S.stream.getVideoTracks()[0].getSettings().facingMode !== "environment";
       root.toggleAttribute("data-mirrored", S.mirrored);
       camera.srcObject = S.stream; await camera.play(); S.source = camera;
@@ -212,8 +224,8 @@ async function go(kind) {
   } catch (error) { stop(); say(error.name === "NotAllowedError" ? "The camera was not allowed. Allow it in the address bar, or use the test scene." : error.message); }
 }
 // the camera's own time where the browser tells it, so that an age counts from the glass and not from this script
-function taken(about) {
-  const now = performance.now(), at = about.captureTime;
+function taken(told) {
+  const now = performance.now(), at = told.captureTime;
   const known = at !== undefined && at <= now && now - at < 1000;
   S.lags.push(known ? now - at : null); if (S.lags.length > 1000) S.lags.splice(0, 500);
   return known ? at : now;
@@ -226,10 +238,10 @@ async function watch() {
     const { value, done } = await reader.read();
     if (done) return;
     if (S.source === camera) send(taken(value.metadata ? value.metadata() : {}), value);
-    value.close();
+    value.close(); // what has gone to the packer is not closed by this
   }
 }
-function look() { if (S.source === camera) camera.requestVideoFrameCallback((now, about) => { send(taken(about), camera); look(); }); }
+function look() { if (S.source === camera) camera.requestVideoFrameCallback((now, told) => { send(taken(told), camera); look(); }); }
 function scene() { const made = document.createElement("canvas"); made.width = made.height = 256; return made; }
 function animate() {
   const pen = S.source.getContext("2d"), source = S.source, begun = performance.now();
@@ -240,7 +252,7 @@ function animate() {
     pen.beginPath(); pen.arc(128 + 62 * Math.sin(t * 0.9), 128 + 48 * Math.cos(t * 0.7), 58, 0, 7); pen.fill();
     send(performance.now(), source);
   };
-  S.ticking = setInterval(step, 1000 / 30);
+  S.ticking = setInterval(step, 1000 / about.fps);
 }
 function stop() {
   root.dataset.state = "idle"; S.source = null;
@@ -260,5 +272,5 @@ $("snap").addEventListener("click", () => picture.toBlob((blob) => {
   const link = document.createElement("a"); link.href = URL.createObjectURL(blob); link.download = "fastdiff-" + Date.now() + ".png"; link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }));
 if (!window.isSecureContext) $("hint").textContent = "Browsers give cameras only to https pages and to localhost. Start the server with --https; the test scene works without.";
-ready(JSON.parse(root.dataset.hello));
+ready(about);
 stop();

@@ -4,6 +4,8 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 
 from fastdiff_pipelines import Stream
@@ -138,6 +140,28 @@ def test_energy_is_read_where_a_driver_tells_it() -> None:
     assert meter() == 6.0
     library.nvmlDeviceGetCount = lambda: 0
     assert energy_meter(library) is None
+
+
+def test_ten_thousand_frames_leave_less_than_a_kilobyte_each(make_toy, clip, toy_size) -> None:
+    process, places, held = psutil.Process(), [], []
+    session = LiveSession(
+        lambda scale, plan: Stream(make_toy(), "a", steps=2, **toy_size), Controls(Settings("a", steps=2)),
+        acknowledged=True,
+    )  # fmt: skip
+    worker = LiveWorker()
+    worker.add(session)
+    for number in range(10_000):
+        session.offer(clip[number % len(clip)], number)
+        assert worker.run_one()
+        for one in session.take():
+            session.sent(one)
+            assert session.painted(one.journey.frame_id, 1.0)
+        # windows and the allocator fill up first
+        if number >= 3000 and number % 100 == 0:
+            places.append(number)
+            held.append(process.memory_info().rss)
+    assert np.polyfit(places, held, 1)[0] < 1024
+    assert session.ledger.summary()["frames"]["shown"] == 9999
 
 
 def test_the_ledger_is_plain_json(clip) -> None:
