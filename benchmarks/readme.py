@@ -5,6 +5,7 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 
+from benchmarks import overview
 from benchmarks.record import RESULTS, Record, Row
 from fastdiff_app.console import SHORT, number
 
@@ -15,6 +16,7 @@ PLOTS = {
     "parallel": "quality against bytes received",
     "attention": "quality and speed against the share of key blocks left out",
 }
+FOLDED = 14  # rows above which a table is folded away
 ATTRIBUTES = ("background", "colour", "position", "shape", "size")
 
 
@@ -56,6 +58,8 @@ def figures(record: Record) -> str:
 
 
 def _section(name: str) -> str:
+    if name == "overview":
+        return overview.table(RESULTS)
     if name == "live" and (RESULTS / "live.json").exists():
         return figures(Record.read(RESULTS / "live.json"))
     columns = {
@@ -69,13 +73,21 @@ def _section(name: str) -> str:
         "parallel": ("psnr", "max_abs_difference", "bytes", "position", "bytes_ratio", "released_ratio"),
         "quantization": ("output_error", "weight_error", "psnr", "bytes"),
         "live": (),
+        "training_free": ("nfe", "border", "attribute", "rows_per_frame", "place_error", "gain", "psnr"),
         "batch": ("max_abs_difference", "lost", "duplicated", "different", "redone"),
     }
     found = sorted(RESULTS.glob(f"{name}.json")) or sorted(RESULTS.glob(f"{name}-*.json"))
     if not found:
         return f"Not measured yet: `make bench NAME={name}`."
-    tables = "\n\n".join(markdown(Record.read(path), columns[name]) for path in found)
+    tables = "\n\n".join(_folded(name, Record.read(path), columns[name]) for path in found)
     return f"{tables}\n\n{_plot(name, found[0])}" if name in PLOTS else tables
+
+
+def _folded(name: str, record: Record, columns: tuple[str, ...]) -> str:
+    made = markdown(record, columns)
+    if len(record.rows) <= FOLDED:
+        return made
+    return f"<details><summary>{len(record.rows)} rows of `bench {name}`</summary>\n\n{made}\n\n</details>"
 
 
 def _plot(name: str, record: Path) -> str:
