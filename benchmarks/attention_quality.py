@@ -1,11 +1,11 @@
 """What each method of sparse attention costs in quality on trained models: rows of `bench attention`.
 
 Every method has its tokens in tiles and the same steps in full, so that they differ in nothing but what they are.
+Nothing is timed: how long a picture of this size takes says nothing of sizes at which attention is long.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from fastdiff.attention.budget import calibrate
 from fastdiff.attention.linear import SparseLinear
 from fastdiff.attention.order import TokenOrder
 from fastdiff.attention.sparse import SparseAttention
-from fastdiff.miniature import detector, moving, moving_detector, world
+from fastdiff.miniature import detector, world
 from fastdiff.quality import Interval, mean_interval
 from fastdiff_app.engine import load_pipeline
 from fastdiff_app.methods import to_bytes
@@ -65,7 +65,6 @@ class Subject:
     tile: int = 4
     frames: int = 0
     trained: int = 0
-    steps: int = STEPS
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -84,23 +83,25 @@ class Subject:
     def scenes(self, count: int) -> list[Any]:
         """Scenes to be described to the model."""
         rng = np.random.default_rng(SEED)
-        return [moving.scene(rng) if self.frames else world.object_scene(rng) for _ in range(count)]
+        scene = world.object_scene
+        if self.frames:
+            from fastdiff.miniature.moving import scene
+        return [scene(rng) for _ in range(count)]
 
     @torch.no_grad()
     def make(self, scenes: list[Any]) -> "Made":
         """Pictures or clips of scenes, the same noise for the same place in the list."""
-        last: dict[str, Any] = {}
+        last: dict[str, Tensor] = {}
 
         def keep(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-            last.update(latents=kwargs["latents"], at=perf_counter())
+            last["latents"] = kwargs["latents"]
             return kwargs
 
-        start = perf_counter()
         output = self.pipe(
             [world.caption(scene) for scene in scenes],
             height=self.size,
             width=self.size,
-            num_inference_steps=self.steps,
+            num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             generator=[torch.Generator().manual_seed(SEED + index) for index in range(len(scenes))],
             output_type="np",
@@ -108,22 +109,24 @@ class Subject:
             **({"num_frames": self.frames} if self.frames else {}),
         )
         found = output.frames if self.frames else output.images
-        return Made(last["latents"], [to_bytes(one) for one in found], last["at"] - start)
+        return Made(last["latents"], [to_bytes(one) for one in found])
 
     def attributes(self, made: "Made", scenes: list[Any]) -> Interval:
         """Share of attributes that a detector reads as described, over pictures or clips."""
-        found = (moving_detector if self.frames else detector).score(made.images, scenes)
-        names = moving_detector.ATTRIBUTES if self.frames else _ATTRIBUTES
+        names, score = _ATTRIBUTES, detector.score
+        if self.frames:
+            from fastdiff.miniature.moving_detector import ATTRIBUTES as names
+            from fastdiff.miniature.moving_detector import score
+        found = score(made.images, scenes)
         return mean_interval(np.mean([found[name] for name in names], axis=0))
 
 
 @dataclass
 class Made:
-    """What came out: latents [B, C, (F,) h, w], uint8 pictures or clips, and seconds until the latents were there."""
+    """What came out: latents [B, C, (F,) h, w], and uint8 pictures or clips."""
 
     latents: Tensor
     images: list[np.ndarray]
-    seconds: float
 
 
 def mini_sd(pipe: Any = None) -> Subject:
@@ -136,6 +139,8 @@ def _mini_dit() -> Subject:
 
 
 def _mini_wan() -> Subject:
+    from fastdiff.miniature import moving
+
     pipe = load_pipeline("mini-wan", "text-to-image")
     return Subject(pipe, "-video", moving.SIZE, block=4, tile=2, frames=moving.FRAMES)
 
@@ -155,12 +160,12 @@ def other_rows(count: int) -> Iterator[Row]:
         yield from quality(load(), count)
 
 
-def quality(subject: Subject, count: int, percents: tuple[int, ...] = PERCENTS) -> Iterator[Row]:
+def quality(subject: Subject, count: int) -> Iterator[Row]:
     """Rows of every method at every density beside the exact model."""
     scenes = subject.scenes(count)
     exact = subject.make(scenes)
     yield _dense(subject, f"dense-quality{subject.ending}", exact, scenes)
-    for percent in percents:
+    for percent in PERCENTS:
         plain = None
         for method in (*METHODS, *(("sla",) if subject.trained else ())):
             if _ONLY_AT.get(method, percent) != percent:
@@ -200,7 +205,7 @@ def accuracy(subject: Subject, count: int) -> Iterator[Row]:
 
 
 def _dense(subject: Subject, name: str, exact: Made, scenes: list[Any]) -> Row:
-    row = Row.timed(name, [exact.seconds * 1000 / len(scenes)], ratio=1.0)
+    row = Row(name)
     row.quality["attribute"] = subject.attributes(exact, scenes)
     return row
 
@@ -211,8 +216,7 @@ def _row(subject: Subject, name: str, plan: fastdiff.Plan, scenes: list[Any], ex
         made = subject.make(scenes)
         reports = handle.report().rows
     missed = "; ".join(miss for report in reports for miss in report.misses)
-    row = Row.timed(name, [made.seconds * 1000 / len(scenes)], note=missed)
-    row.ratio = exact.seconds / made.seconds
+    row = Row(name, note=missed)
     change = (made.latents - exact.latents).double().flatten(1)
     truth = exact.latents.double().flatten(1)
     row.quality["relative_l1"] = mean_interval((change.abs().sum(1) / truth.abs().sum(1)).numpy())

@@ -24,6 +24,12 @@ from fastdiff.hooks import Hooks
 
 Candidate = tuple[float, str, str]
 EXACT: Candidate = (1.0, "exact", "none")
+# what a calibration can measure beside exact attention: 8 bits, densities, and the far field off and on
+LATTICE: tuple[Candidate, ...] = (
+    (1.0, "int8", "none"),
+    (1.0, "int8_fp8", "none"),
+    *((density, "exact", far) for density in (0.5, 0.35, 0.25, 0.15, 0.1) for far in ("none", "centroid")),
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def calibrate(
     """Measure every candidate on every layer while `generate` calls the pipeline, whose result stays exact.
 
     Args:
-        candidates: (density, precision, far) each.
+        candidates: (density, precision, far) each, such as `LATTICE`.
         settings: blocks, selection and schedule of the run to come; its density, precision and far are not used.
         bins: noise levels told apart, equal parts of the range of timesteps.
         beside: what else will act, such as `TokenOrder`.

@@ -140,6 +140,8 @@ class Layer:
         if not reason and mask is not None:
             lengths = padding(mask, query.shape[0], key.shape[2])
             reason = "" if lengths is not None else "its mask is no padding of keys"
+            if lengths is not None and bool((lengths == key.shape[2]).all()):
+                lengths = None  # a mask that hides nothing
         moment = plug.moment()
         if not reason and moment is not None:
             count = moment.calls.get(self.name, 0)

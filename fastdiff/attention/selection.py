@@ -50,7 +50,12 @@ class Mass(Selector):
     def scores(self, call: Call, lse: Tensor | None) -> Tensor:
         """See `Selector.scores`."""
         assert lse is not None
-        return block_mass(call.q, call.k, lse, self.query_block, self.key_block, call.scale)
+        if call.lengths is not None:
+            rows = torch.arange(lse.shape[2], device=lse.device)
+            # where keys are padding, so are the queries beside them
+            lse = lse.masked_fill(rows >= call.lengths.view(-1, 1, 1), float("-inf"))
+        by = (self.query_block, self.key_block, call.scale)
+        return block_mass(call.q, call.k, lse, *by, lengths=call.lengths)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Antidiagonal(Selector):
     def scores(self, call: Call, lse: Tensor | None) -> Tensor:
         """See `Selector.scores`."""
         stride = next(size for size in (8, 4, 2, 1) if self.query_block % size == self.key_block % size == 0)
-        return antidiagonal_scores(call.q, call.k, self.query_block, self.key_block, stride, call.scale)
+        return antidiagonal_scores(*_visible(call), self.query_block, self.key_block, stride, call.scale)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Pooled(Selector):
 
     def scores(self, call: Call, lse: Tensor | None) -> Tensor:
         """See `Selector.scores`."""
-        scores, forced = pooled_scores(call.q, call.k, self.query_block, self.key_block, call.scale, self.similar)
+        scores, forced = pooled_scores(*_visible(call), self.query_block, self.key_block, call.scale, self.similar)
         return scores + forced
 
 
@@ -144,6 +149,16 @@ SELECTORS: dict[str, type[Selector]] = {
     "tiles": Tiles,
     "sink": SinkRecent,
 }
+
+
+def _visible(call: Call) -> tuple[Tensor, Tensor]:
+    """q and k with the last token that counts in the place of padding, which must not speak for its block."""
+    if call.lengths is None:
+        return call.q, call.k
+    last = (call.lengths.long() - 1).clamp(min=0).view(-1, 1, 1, 1)
+    numbers = torch.arange(call.k.shape[2], device=call.k.device).view(1, 1, -1, 1).minimum(last)
+    q, k = (one.gather(2, numbers.expand(*one.shape[:2], -1, one.shape[3])) for one in (call.q, call.k))
+    return q, k
 
 
 def places(call: Call) -> tuple[Tensor, Tensor]:

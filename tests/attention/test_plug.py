@@ -9,8 +9,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import fastdiff
-from fastdiff.anatomy import anatomy, capture
-from fastdiff.attention.plug import Call, Moment, Plug, padding
+from fastdiff.anatomy import anatomy, attentions, capture
+from fastdiff.attention.plug import Call, Moment, Plug, Route, padding
 from fastdiff.attention.sparse import SparseAttention
 from fastdiff.hooks import Hooks, Requests
 from fastdiff.miniature.families import FAMILIES, family
@@ -160,3 +160,65 @@ def test_context_parallelism_is_refused_aloud():
     verdict = SparseAttention().supports(pipe)
     assert not verdict
     assert "context parallelism" in verdict.reason
+
+
+@torch.no_grad()
+def test_nothing_outside_of_one_denoiser_is_touched():
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    def everybody_s() -> list[Any]:
+        registry = _AttentionBackendRegistry
+        return [
+            functional.scaled_dot_product_attention,
+            registry._active_backend,
+            dict(registry._backends),
+            list(AttentionBackendName),
+            {kind: dict(vars(kind)) for pipe in (one, other) for kind in _kinds(anatomy(pipe).denoiser)},
+        ]
+
+    one, other = family("flux"), family("flux")
+    denoiser, args, kwargs = capture(other, 32, 32)
+    expected, before = denoiser(*args, **kwargs)[0], everybody_s()
+    small: dict[str, Any] = dict(density=0.5, query_block=4, key_block=4, warm_up=1, refresh=0, minimum_tokens=8)
+    with fastdiff.accelerate(one, SparseAttention(**small)) as handle:
+        own, own_args, own_kwargs = capture(one, 32, 32)
+        with handle.request():
+            changed = [own(*own_args, **own_kwargs)[0] for _ in range(2)]
+        assert everybody_s() == before
+        assert torch.equal(denoiser(*args, **kwargs)[0], expected)
+    assert not torch.equal(*changed)
+    assert everybody_s() == before
+
+
+def _kinds(denoiser: Any) -> set[type]:
+    """Classes of attention modules and of their processors."""
+    modules = [module for _, module in attentions(denoiser)]
+    return {type(part) for module in modules for part in (module, getattr(module, "processor", None))} - {type(None)}
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+@torch.no_grad()
+def test_a_plug_that_declines_everything_changes_no_bit(name: str):
+    pipe = family(name)
+    denoiser, args, kwargs = capture(pipe, 32, 32)
+    expected = denoiser(*args, **{**kwargs, "return_dict": False})[0]
+    hooks, seen = Hooks("test", Requests()), []
+    Plug(hooks, denoiser, seen.append, 1)
+    assert torch.equal(denoiser(*args, **{**kwargs, "return_dict": False})[0], expected)
+    assert seen
+    hooks.undo()
+    assert torch.equal(denoiser(*args, **{**kwargs, "return_dict": False})[0], expected)
+
+
+def test_what_asks_for_a_log_sum_exp_is_refused_and_not_given_a_plain_output():
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    seen: list[Call] = []
+    request, plug, _ = _layer(seen)
+    rows = torch.randn(3, 1, 16, 2, 8)  # [B, S, N, D], as the dispatch takes them
+    with request, Route(plug.layers[0]):
+        dispatch_attention_fn(*rows)
+        assert len(seen) == 1
+        with pytest.raises(ValueError, match="return_lse"):
+            dispatch_attention_fn(*rows, attention_kwargs={"return_lse": True})
+    assert len(seen) == 1

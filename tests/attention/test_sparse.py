@@ -185,6 +185,28 @@ def test_padded_keys_are_chosen_last():
         assert (SELECTORS[name](4, 4).choose(one, 5 / 16).blocks < 5).all()
 
 
+@pytest.mark.parametrize("name", ["mass", "pattern", "pooled", "antidiagonal"])
+def test_what_padding_holds_changes_no_choice(name: str):
+    chosen = []
+    for shift in (0.0, 9.0):
+        one = call()
+        one.lengths = torch.tensor([22], dtype=torch.int32)
+        one.q[:, :, 22:] += shift
+        one.k[:, :, 22:] -= shift
+        _, lse = near(one, None)
+        chosen.append(SELECTORS[name](4, 4).choose(one, 3 / 16, lse).blocks[:, :, :6])
+    assert torch.equal(*chosen)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_every_block_is_chosen_once_and_in_order(name: str):
+    one = call()
+    _, lse = near(one, None)
+    blocks = SELECTORS[name](4, 4).choose(one, 0.4, lse).blocks
+    assert (blocks.diff(dim=-1) > 0).all()
+    assert ((blocks >= 0) & (blocks < 16)).all()
+
+
 def test_a_grid_that_cannot_be_found_is_said():
     hooks = Hooks("test", Requests())
     run = Run(SparseAttention(select="near", far="none", **SMALL), hooks)

@@ -18,6 +18,7 @@ from fastdiff_kernels.attention import triton_gradient as gradient
 from fastdiff_kernels.quantise import triton as quantise
 from fastdiff_kernels.selection import triton as selection
 from fastdiff_kernels.sparse_linear import triton as linear
+from fastdiff_kernels.w8a8 import triton as w8a8
 
 POINTERS = {
     "lse_ptr": "*fp32", "q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "v_mean_ptr": "*fp32",
@@ -48,7 +49,7 @@ def build(
             signature[name] = "fp32" if name in ("scale", "skip") else "i32"
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
     # what Triton itself finds out of aligned tensors at a launch
-    aligned = [name for name in signature if name.endswith(("_ptr", "_batch", "_head", "_token"))]
+    aligned = [name for name in signature if name.endswith(("_ptr", "_batch", "_head", "_token", "inputs", "_row"))]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -114,7 +115,10 @@ def main(architecture: int) -> dict[str, dict]:
         "exact-160": family(architecture, 160, "exact", sparse=False),
         "query-gradient": build(gradient._query_gradient_kernel, architecture, {**LARGE, **step}, {}, 8),
         "key-gradient": build(gradient._key_gradient_kernel, architecture, {**LARGE, **step}, {}, 8),
-        "mass": build(selection._block_mass_kernel, architecture, {**LARGE, "BLOCK_Q": 64, "BLOCK_K": 64}, {}, 8),
+        "mass": build(
+            selection._block_mass_kernel, architecture, {**LARGE, "BLOCK_Q": 64, "BLOCK_K": 64, "LENGTHS": True}, {}, 8
+        ),
+        "statistics": build(quantise._statistics_kernel, architecture, {**LARGE, "STEP": quantise.STEP}, {}, 4),
         "top-k": build(selection._top_k_kernel, architecture, {"WIDTH": 1024}, {"blocks_ptr": "*i32"}, 4),
         "pre-pass": build(
             quantise._quantise_kernel,
@@ -126,7 +130,19 @@ def main(architecture: int) -> dict[str, dict]:
     }
     branch = {**LARGE, "KIND": 0, "STEP": 64, "WEIGHTED": True}
     found["linear-state"] = build(linear._state_kernel, architecture, branch, {**FLOATS, "state_ptr": "*fp32"}, 8, 1)
+    ends = {**FLOATS, **dict.fromkeys(("out_ptr", "total_ptr"), "*fp32")}
+    applied = {**LARGE, "KIND": 0, "STEP": 64}
+    found["linear-apply"] = build(linear._apply_kernel, architecture, applied, ends, 8, 1)
     found["linear-pull"] = build(linear._pull_kernel, architecture, {**branch, "PRODUCT": True}, FLOATS, 8, 1)
+    bytes_in = dict.fromkeys(("whole_ptr", "weight_ptr"), "*i8")
+    scales = dict.fromkeys(("token_ptr", "scale_ptr", "smooth_ptr"), "*fp32")
+    tile = dict(BLOCK_M=w8a8.BLOCK_M, BLOCK_N=w8a8.BLOCK_N, BLOCK_K=w8a8.BLOCK_K, BAND=w8a8.BAND)
+    found["w8a8-rows"] = build(
+        w8a8._rows_kernel, architecture, {"SMOOTH": True, "BLOCK": 4096}, {**bytes_in, **scales}, 4
+    )
+    found["w8a8-product"] = build(
+        w8a8._product_kernel, architecture, {"BIAS": True, **tile}, {**bytes_in, **scales}, 8, 3
+    )
     if architecture >= 89:
         found["int8_fp8-sparse"] = family(architecture, 128, "int8_fp8", sparse=True)
     if architecture == 90:

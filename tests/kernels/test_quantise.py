@@ -1,13 +1,11 @@
 """Eight bits: bounds, smoothing identities, error bands on known data, and the two-launch pre-pass."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastdiff_kernels.attention import attention
 from fastdiff_kernels.quantise import K_GROUP, Q_GROUP, quantise
 from fastdiff_kernels.quantise.reference import (
     dequantised,
@@ -23,17 +21,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().sum() / b.double().abs().sum())
-
-
-def biased(head: int, value_bias: float = 0.0, query_bias: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys with ±20 on a tenth of their channels, as trained models have."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, 4, 1024, head, generator=generator)
-    channels = torch.randperm(head, generator=generator)[: head // 10]
-    sign = torch.randint(0, 2, (len(channels),), generator=generator) * 2.0 - 1
-    k[..., channels] += 20 * sign
-    q[..., channels.flip(0)] += query_bias * sign
-    return q, k, v + value_bias
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -74,7 +61,8 @@ def test_integers_keep_within_half_a_step_and_zeros_divide_by_one():
 
 
 def test_scores_stay_within_their_bound():
-    q, k, v = biased(64)
+    q, k, v = torch.randn(3, 1, 4, 1024, 64)
+    k[..., :6] += 20  # as trained models have
     scale = 1 / 8
     made = quantise(q, k, v, scale=scale, path="reference")
     smooth = k - k.mean(2, keepdim=True)
@@ -90,47 +78,8 @@ def test_scores_stay_within_their_bound():
     assert (error <= bound * (1 + 1e-4)).all()
 
 
-CASES: dict[str, Any] = {
-    # data: int8 with values exact, int8 with e4m3, as relative L1 of the output
-    "plain": (lambda: tuple(torch.randn(3, 1, 4, 2048, 64)), 0.0127, 0.039),
-    "sharp": (lambda: tuple(torch.randn(1, 4, 2048, 128) * sd for sd in (2.0, 2.0, 1.0)), 0.0285, 0.040),
-    "biased": (lambda: biased(128), 0.0128, 0.038),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("data", CASES)
-def test_errors_lie_in_their_bands(data: str):
-    make, int8, int8_fp8 = CASES[data]
-    q, k, v = make()
-    expected, _ = attention(q.double(), k.double(), v.double(), path="masked")
-    for precision, band in (("int8", int8), ("int8_fp8", int8_fp8)):
-        found, _ = attention(q, k, v, precision=precision, path="masked")
-        assert relative(found, expected) == pytest.approx(band, rel=0.2), precision
-
-
-def test_smoothing_is_what_keeps_biased_keys_right():
-    q, k, v = biased(128)
-    expected = (q.double() @ k.double().mT / 128**0.5).softmax(-1) @ v.double()
-
-    def error(smooth: bool) -> float:
-        made = quantise(q, k, v, scale=1.0, smooth=smooth, path="reference")
-        left = dequantised(made.q, made.q_scale * math.log(2), Q_GROUP)
-        scores = left @ dequantised(made.k, made.k_scale, K_GROUP).mT / 128**0.5
-        return relative(scores.softmax(-1) @ v, expected)
-
-    assert error(smooth=False) > 3 * error(smooth=True)
-
-
-def test_four_bits_need_smooth_queries_where_those_are_biased():
-    q, k, v = biased(128, query_bias=20.0)
-    expected = (q.double() @ k.double().mT / 128**0.5).softmax(-1) @ v.double()
-    errors = [
-        relative(int4_scores_reference(q, k, 128**-0.5, smooth_q).softmax(-1) @ v, expected)
-        for smooth_q in (False, True)
-    ]
-    assert errors[1] < 0.9 * errors[0]
-    exact = int4_scores_reference(torch.zeros(1, 1, 4, 8), k[:, :1, :, :8], 1.0)
-    assert not exact.any()
+def test_nothing_is_left_of_four_bits_of_zeros():
+    assert not int4_scores_reference(torch.zeros(1, 1, 4, 8), torch.randn(1, 1, 9, 8), 1.0).any()
 
 
 def test_microscaling_holds_its_grid_and_its_error():

@@ -8,6 +8,7 @@ goes to what measures fastest (see `dense`), and "gather" elsewhere.
 import torch
 from torch import Tensor
 
+from fastdiff_kernels.inputs import check_inputs, check_lengths, check_lse
 from fastdiff_kernels.quantise import K_GROUP, Q_GROUP, Quantised, quantise
 
 from .blocks import Selection, blocks_in
@@ -16,7 +17,6 @@ __all__ = ["PATHS", "PRECISIONS", "Selection", "attention", "blocks_in", "merge"
 
 PATHS = ("reference", "triton", "gather", "masked")
 PRECISIONS = ("exact", "int8", "int8_fp8")
-HEADS = (1, 256)
 
 
 def attention(
@@ -54,7 +54,7 @@ def attention(
         all rows and keys that share its scale, and with smoothed keys its whole head.
 
     Raises:
-        ValueError: shapes, dtypes, devices or names that do not fit.
+        ValueError: shapes, dtypes, devices or names that do not fit, or a gradient is wanted from "triton".
     """
     plain = path is None and precision == "exact" and selection is None and lengths is None
     path = path or ("triton" if q.is_cuda else "gather")
@@ -117,24 +117,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, precision: str, path: str) -> None:
         raise ValueError(f"precision {precision!r} is not known; use one of {', '.join(PRECISIONS)}")
     if path not in PATHS:
         raise ValueError(f"path {path!r} is not known; use one of {', '.join(PATHS)}")
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+    check_inputs("attention", q, k, v, wide=path != "triton")
+    if path == "triton" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError(
-            f"attention takes q [B, N, S, D] and k, v [B, M, T, D], not {list(q.shape)}, {list(k.shape)}, "
-            f"{list(v.shape)}"
+            "Triton's attention has no gradient here; call it under torch.no_grad(), or train with "
+            "fastdiff_kernels.attention.gradient.BlockSparse"
         )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q {list(q.shape)} and k {list(k.shape)} differ in batch or head size, or q's heads are no multiple of k's"
-        )
-    allowed = (torch.float16, torch.bfloat16, torch.float32)
-    if path != "triton":
-        allowed = (*allowed, torch.float64)
-    if q.dtype not in allowed or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k and v are of one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if not HEADS[0] <= q.shape[3] <= HEADS[1]:
-        raise ValueError(f"a head has {HEADS[0]} to {HEADS[1]} channels, not {q.shape[3]}")
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"q, k and v lie on {q.device}, {k.device}, {v.device}; move them to one device")
 
 
 def _check_extras(
@@ -142,10 +130,13 @@ def _check_extras(
 ) -> None:
     if selection is not None:
         selection.check(q, k)
-    if lengths is not None and (lengths.shape != q.shape[:1] or lengths.dtype != torch.int32):
-        raise ValueError(f"lengths are int32 [{q.shape[0]}], not {lengths.dtype} {list(lengths.shape)}")
+    check_lengths(lengths, q)
     if far is not None and (far[0].shape != q.shape or far[1].shape != q.shape[:3]):
         raise ValueError(
             f"a far field for q {list(q.shape)} has that shape and a log-sum-exp {list(q.shape[:3])}, "
             f"not {list(far[0].shape)} and {list(far[1].shape)}"
         )
+    if far is not None:
+        check_lse(far[1], q)
+        if far[0].device != q.device:
+            raise ValueError(f"the far field lies on {far[0].device} and q on {q.device}; move it")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdiff_kernels.inputs import check_inputs
+
 __all__ = ["FP8_MAX", "K_GROUP", "Q_GROUP", "Quantised", "quantise"]
 
 FP8_MAX = 448.0
@@ -72,11 +74,17 @@ def quantise(
         path: "reference" or "triton"; None takes Triton on CUDA.
 
     A NaN or infinity makes every scale of its group NaN, so that it shows in the result and is never clamped away.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names that do not fit, or no query or no key at all.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     path = path or ("triton" if q.is_cuda else "reference")
     if path not in ("reference", "triton"):
         raise ValueError(f"path {path!r} is not known; use 'reference' or 'triton'")
+    check_inputs("quantise", q, k, v, wide=path != "triton")
+    if 0 in (*q.shape[:3], k.shape[2]):
+        raise ValueError(f"quantise takes at least one query and one key, not {list(q.shape)} and {list(k.shape)}")
     if path == "triton":
         from . import triton as fast
 

@@ -69,7 +69,7 @@ def dequantised(whole: Tensor, scale: Tensor, group: int) -> Tensor:
 def pooled(x: Tensor, group: int) -> Tensor:
     """Means over groups of tokens of [..., S, D]: [..., ceil(S / group), D]; a shorter last group has its own mean."""
     counts = torch.full((-(-x.shape[-2] // group),), group, device=x.device)
-    counts[-1] = x.shape[-2] - group * (len(counts) - 1)
+    counts[-1:] = x.shape[-2] - group * (len(counts) - 1)
     return _grouped(x, group).sum(-2) / counts[:, None]
 
 
@@ -114,8 +114,9 @@ def microscaled_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: floa
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:
-    spare = -x.shape[-2] % group
-    return torch.nn.functional.pad(x, (0, 0, 0, spare)).unflatten(-2, (-1, group))
+    groups = -(-x.shape[-2] // group)
+    spare = groups * group - x.shape[-2]
+    return torch.nn.functional.pad(x, (0, 0, 0, spare)).unflatten(-2, (groups, group))
 
 
 def _poisoned(largest: Tensor, total: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff_kernels.attention.blocks import Selection, blocks_in
+from fastdiff_kernels.inputs import check_inputs, check_lengths, check_lse
 
 from .reference import antidiagonal_scores, block_mass_reference, pooled_scores, self_similarity, top_k_reference, top_p
 
@@ -22,24 +23,39 @@ def block_mass(
     key_block: int,
     scale: float | None = None,
     path: str | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Exact share of attention that each key block gets from each query block, given the rows' log-sum-exp [B, N, S].
 
-    One more pass of q kᵀ; nothing of size S by T is kept. `path` is "triton" or "reference".
+    One more pass of q kᵀ; nothing of size S by T is kept. `path` is "triton" or "reference"; `lengths`, int32 [B], is
+    how many keys count, as in `attention`. A row without keys, whose log-sum-exp is minus infinity, adds nothing.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if (path or ("triton" if q.is_cuda else "reference")) == "triton":
+    path = path or ("triton" if q.is_cuda else "reference")
+    check_inputs("block_mass", q, k, wide=path != "triton")
+    check_lse(lse, q)
+    check_lengths(lengths, q)
+    if 0 in (*q.shape[:3], k.shape[2]):
+        shape = *q.shape[:2], blocks_in(q.shape[2], query_block), blocks_in(k.shape[2], key_block)
+        return q.new_zeros(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    if path == "triton":
         from . import triton as fast
 
-        return fast.block_mass(q, k, lse, query_block, key_block, scale)
-    return block_mass_reference(q, k, lse, query_block, key_block, scale)
+        return fast.block_mass(q, k, lse, query_block, key_block, scale, lengths)
+    return block_mass_reference(q, k, lse, query_block, key_block, scale, lengths)
 
 
 def top_k(scores: Tensor, count: int, query_block: int, key_block: int, path: str | None = None) -> Selection:
-    """The `count` best key blocks of every row of scores [B, N, I, J]; of equal ones the first; in ascending order."""
+    """The `count` best key blocks of every row of scores [B, N, I, J]; of equal ones the first; in ascending order.
+
+    A NaN counts as more than anything, so that what is wrong is computed and shows.
+    """
     if not 1 <= count <= scores.shape[-1]:
         raise ValueError(f"count={count} must be from 1 to the {scores.shape[-1]} key blocks there are")
-    if (path or ("triton" if scores.is_cuda else "reference")) == "triton":
+    if (path or ("triton" if scores.is_cuda else "reference")) == "triton" and scores.numel():
         from . import triton as fast
 
         blocks = fast.top_k(scores, count)

@@ -4,21 +4,33 @@ import torch
 from torch import Tensor
 
 from fastdiff_kernels.attention.blocks import blocks_in
+from fastdiff_kernels.inputs import check_inputs
 from fastdiff_kernels.quantise.reference import pooled
 
 # scores that are read again before they leave the cache
 MASS_BYTES = 1 << 22
 
 
-def block_mass_reference(q: Tensor, k: Tensor, lse: Tensor, query_block: int, key_block: int, scale: float) -> Tensor:
+def block_mass_reference(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """See `block_mass`; a stretch of queries at a time, so that memory stays bounded."""
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    lse = torch.where(lse == float("-inf"), float("inf"), lse)  # rows without keys
     step = query_block * max(1, MASS_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2] * query_block))
     parts = []
     for start in range(0, q.shape[2], step):
         rows = slice(start, start + step)
         weights = ((q[:, :, rows] @ keys.mT).to(wide) * scale - lse[:, :, rows, None]).exp_()
+        if lengths is not None:
+            weights = weights.masked_fill(torch.arange(k.shape[2], device=k.device) >= lengths.view(-1, 1, 1, 1), 0)
         across = _sums(weights, key_block, -1)  # [B, N, rows, J]
         parts.append(pooled(across, query_block))
     return torch.cat(parts, 2)
@@ -40,6 +52,7 @@ def pooled_scores(
     Returns:
         Scores [B, N, I, J], and bool [B, N, I, J]: pairs of a block whose mean says nothing, always to be computed.
     """
+    check_inputs("pooled_scores", q, k)
     by = q.shape[-1] ** -0.5 if scale is None else scale
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
     keys = keys - keys.mean(2, keepdim=True)
@@ -70,6 +83,7 @@ def antidiagonal_scores(
     for name, block in (("query_block", query_block), ("key_block", key_block)):
         if block % stride:
             raise ValueError(f"{name}={block} must be a multiple of stride={stride}")
+    check_inputs("antidiagonal_scores", q, k)
     by = q.shape[-1] ** -0.5 if scale is None else scale
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     left = _folded(q, stride, reverse=True)  # [B, N, S / stride, stride * D]
@@ -97,8 +111,9 @@ def top_p(scores: Tensor, share: float) -> Tensor:
 
 
 def _sums(x: Tensor, size: int, dim: int) -> Tensor:
-    spare = -x.shape[dim] % size
-    return torch.nn.functional.pad(x, (0, spare)).unflatten(dim, (-1, size)).sum(-1)
+    groups = blocks_in(x.shape[dim], size)
+    spare = groups * size - x.shape[dim]
+    return torch.nn.functional.pad(x, (0, spare)).unflatten(dim, (groups, size)).sum(-1)
 
 
 def _folded(x: Tensor, stride: int, reverse: bool) -> Tensor:

@@ -16,6 +16,7 @@ def _block_mass_kernel(
     k_ptr,
     lse_ptr,
     mass_ptr,
+    lengths_ptr,
     scale,
     queries,
     keys,
@@ -31,6 +32,7 @@ def _block_mass_kernel(
     PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LENGTHS: tl.constexpr,
 ):
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -42,14 +44,18 @@ def _block_mass_kernel(
     q_at = q_ptr + b * q_batch + n * q_head + rows[:, None] * q_token + channels[None, :]
     q = tl.load(q_at, mask=(rows[:, None] < queries) & inside[None, :], other=0)
     lse = tl.load(lse_ptr + row * queries + rows, mask=rows < queries, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # rows without keys
     count = tl.minimum(BLOCK_Q, queries - block * BLOCK_Q)
     blocks = tl.cdiv(keys, BLOCK_K)
+    limit = keys
+    if LENGTHS:
+        limit = tl.minimum(keys, tl.load(lengths_ptr + b))
     for j in range(blocks):
         columns = j * BLOCK_K + tl.arange(0, BLOCK_K)
         k_at = k_ptr + b * k_batch + (n // groups) * k_head + columns[None, :] * k_token + channels[:, None]
-        k = tl.load(k_at, mask=(columns[None, :] < keys) & inside[:, None], other=0)
+        k = tl.load(k_at, mask=(columns[None, :] < limit) & inside[:, None], other=0)
         scores = tl.dot(q, k, input_precision="ieee") * scale - lse[:, None]
-        weights = tl.where(columns[None, :] < keys, tl.exp(scores), 0.0)
+        weights = tl.where(columns[None, :] < limit, tl.exp(scores), 0.0)
         at = (row * tl.num_programs(0) + block) * blocks + j
         tl.store(mass_ptr + at, tl.sum(weights) / count)
 
@@ -63,6 +69,8 @@ def _top_k_kernel(scores_ptr, blocks_ptr, width, count, WIDTH: tl.constexpr):
     bits = (scores + 0.0).to(tl.int32, bitcast=True)
     # an order-preserving map of floats to integers; padding lies below all of them
     keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    # NaN of either sign above everything
+    keys = tl.where(scores == scores, keys, 2**31 - 1)
     low = tl.full([], -(2**31), tl.int64)
     high = tl.full([], 2**31, tl.int64)
     # the largest key that at least `count` entries reach
@@ -79,7 +87,9 @@ def _top_k_kernel(scores_ptr, blocks_ptr, width, count, WIDTH: tl.constexpr):
     tl.store(blocks_ptr + row * count + at, places, mask=taken)
 
 
-def block_mass(q: Tensor, k: Tensor, lse: Tensor, query_block: int, key_block: int, scale: float) -> Tensor:
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, query_block: int, key_block: int, scale: float, lengths: Tensor | None
+) -> Tensor:
     """See `fastdiff_kernels.selection.block_mass`."""
     q, k = (one if one.stride(-1) == 1 else one.contiguous() for one in (q, k))
     batch, heads, queries, head = q.shape
@@ -92,6 +102,7 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, query_block: int, key_block: i
         k,
         lse.contiguous(),
         mass,
+        mass if lengths is None else lengths,
         scale,
         queries,
         keys,
@@ -103,6 +114,7 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, query_block: int, key_block: i
         PADDED=max(16, triton.next_power_of_2(head)),
         BLOCK_Q=query_block,
         BLOCK_K=key_block,
+        LENGTHS=lengths is not None,
         num_warps=warps_of(query_block, head),
         num_stages=2,
     )

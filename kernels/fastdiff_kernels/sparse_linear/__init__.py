@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdiff_kernels.attention.blocks import Selection
 from fastdiff_kernels.attention.gradient import BlockSparse
+from fastdiff_kernels.inputs import check_inputs
 from fastdiff_kernels.selection import count_of, pooled_scores, top_k
 
 __all__ = ["FEATURES", "linear_attention", "route", "sparse_linear"]
@@ -57,11 +58,23 @@ def sparse_linear(
     Args:
         projection: [N, D, D] or [D, D]; zeros leave top-k block-sparse attention, which is what untrained SLA is.
         path: "triton", or in torch "gather" or "masked"; None takes Triton on CUDA and "gather" elsewhere.
+
+    A row whose selection holds no key has the linear branch alone; without any key at all the output is 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names that do not fit.
     """
     if projection.shape[-2:] != (q.shape[-1], q.shape[-1]):
         raise ValueError(f"projection ends in {[q.shape[-1]] * 2}, not {list(projection.shape)}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if projection.device != q.device:
+        raise ValueError(f"the projection lies on {projection.device} and q on {q.device}; move it")
+    if features not in FEATURES:
+        raise ValueError(f"features {features!r} are not known; use one of {', '.join(FEATURES)}")
     path = path or ("triton" if q.is_cuda else "gather")
+    check_inputs("sparse_linear", q, k, v, wide=path != "triton")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if 0 in (*q.shape[:3], k.shape[2]):
+        path = "masked"  # no kernel is launched on nothing
     sparse: Tensor = BlockSparse.apply(q, k, v, scale, selection, path)  # type: ignore[assignment]
     linear = _fused if path == "triton" and q.shape[-1] <= 128 else linear_attention
     return sparse + (linear(q, k, v, features) @ projection.float()).to(q.dtype)
@@ -70,8 +83,6 @@ def sparse_linear(
 def _fused(q: Tensor, k: Tensor, v: Tensor, features: str) -> Tensor:
     from . import triton
 
-    if features not in FEATURES:
-        raise ValueError(f"features {features!r} are not known; use one of {', '.join(FEATURES)}")
     groups = q.shape[1] // k.shape[1]
     keys, values = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return triton.Linear.apply(q, keys, values, features)  # type: ignore[return-value]

@@ -35,9 +35,10 @@ def _features(x, seen, KIND: tl.constexpr):
         total = tl.sum(e, 1)
         f = e / tl.where(total == 0.0, 1.0, total)[:, None]
     elif KIND == 1:
-        f = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+        # a minimum or maximum would take the other side of a NaN
+        f = tl.where(x > 0, x + 1.0, tl.exp(tl.where(x > 0, 0.0, x)))
     else:
-        f = tl.maximum(x, 0.0)
+        f = tl.where(x < 0, 0.0, x)
     return tl.where(seen, f, 0.0)
 
 
@@ -142,7 +143,7 @@ def _pull_kernel(
     if KIND == 0:
         dx = f * (df - tl.sum(df * f, 1)[:, None])
     elif KIND == 1:
-        dx = df * tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+        dx = df * tl.where(x > 0, 1.0, tl.exp(tl.where(x > 0, 0.0, x)))
     else:
         dx = tl.where(x > 0, df, 0.0)
     at = (row * tokens_ + tokens)[:, None] * HEAD + channels[None, :]
