@@ -39,11 +39,17 @@ class Picture:
 
 def resized(picture: Picture, height: int, width: int) -> Picture:
     """The same condition with its uint8 ``[H, W, 3]`` picture of this size."""
-    if tuple(picture.image.shape[:2]) == (height, width):
-        return picture
-    pixels = torch.from_numpy(picture.image).permute(2, 0, 1)[None].float()  # [1, 3, H, W]
+    image = scaled(picture.image, height, width)
+    return picture if image is picture.image else Picture(image, picture.scale)
+
+
+def scaled(image: Any, height: int, width: int) -> Any:
+    """A uint8 array ``[H, W, 3]`` of this size: the same object where it has it."""
+    if tuple(image.shape[:2]) == (height, width):
+        return image
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()  # [1, 3, H, W]
     made = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
-    return Picture(made[0].permute(1, 2, 0).round().to(torch.uint8).numpy(), picture.scale)
+    return made[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
 
 
 def adapter_width(module: Any) -> int | None:

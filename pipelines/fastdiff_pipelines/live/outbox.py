@@ -10,6 +10,7 @@ from fastdiff_pipelines.live.ledger import Finished
 OUTBOX = 2
 UNACKNOWLEDGED = 256
 UNSEEN = 64
+QUIET_S, QUIET_UNSEEN = 2.0, 8
 
 
 class Outbox:
@@ -24,13 +25,14 @@ class Outbox:
         self._waiting: deque[Finished] = deque()
         self._sent: OrderedDict[int, tuple[Finished, float]] = OrderedDict()
         self._unseen = 0
+        self._unseen_since = 0.0
         self._lock = threading.Lock()
 
-    @property
-    def unread(self) -> bool:
-        """Whether the viewer does not keep up: pictures wait, or so many went out since one was last seen that no line
-        would hold them. (A connection takes megabytes for somebody who reads none of it.)"""
-        return len(self._waiting) >= OUTBOX or self._unseen >= UNSEEN
+    def unread(self, now: float) -> bool:
+        """Whether the viewer does not keep up: pictures wait, or more went out since one was last seen, or went out
+        longer ago, than a line would hold. (A connection takes megabytes for somebody who reads none of it.)"""
+        quiet = self._unseen >= QUIET_UNSEEN and now - self._unseen_since >= QUIET_S
+        return len(self._waiting) >= OUTBOX or self._unseen >= UNSEEN or quiet
 
     def put(self, one: Finished) -> bool:
         """Add a picture; whether the oldest that waited had to go for it."""
@@ -52,6 +54,7 @@ class Outbox:
         """A picture has left, and its viewer will tell when it was seen."""
         with self._lock:
             self._sent[one.journey.frame_id] = (one, at)
+            self._unseen_since = self._unseen_since if self._unseen else at
             self._unseen += 1
             while len(self._sent) > UNACKNOWLEDGED:
                 self._sent.popitem(last=False)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastdiff_pipelines.conditions import Picture, resized
+from fastdiff_pipelines.conditions import Picture, resized, scaled
 from fastdiff_pipelines.latest import Captured, LatestFrame
 from fastdiff_pipelines.live.controller import DeadlineController, Decision, Rung
 from fastdiff_pipelines.live.controls import Controls
@@ -60,7 +60,7 @@ class LiveSession:
         open: Open,
         controls: Controls,
         *,
-        unpack: Callable[[Any, int, int], Any] = lambda payload, height, width: payload,
+        unpack: Callable[[Any, int, int], Any] = scaled,
         pack: Callable[[Any], Any] = lambda image: image,
         clock: Callable[[], float] = time.perf_counter,
         target_ms: float | None = None,
@@ -165,7 +165,7 @@ class LiveSession:
     def waits(self) -> bool:
         """Whether a frame is waiting for its turn."""
         # whoever does not read shall not cost others much, but what waits for him must not grow old either
-        kept_up = not self._outbox.unread or self.clock() - self._pushed_at >= UNREAD_S
+        kept_up = not self._outbox.unread(self.clock()) or self.clock() - self._pushed_at >= UNREAD_S
         return kept_up and not self.closed and self._count_waiting() > 0
 
     def idle(self, now: float, after_s: float) -> bool:
@@ -191,7 +191,7 @@ class LiveSession:
 
     @property
     def unprepared(self) -> tuple[float, str | None] | None:
-        """Size and plan of a stream yet to be made; None when there are all, or the first was not needed yet."""
+        """Size and plan of a stream yet to be made; None when all are, or none was needed yet."""
         if self.closed or self.controller is None or self._stream is None:
             return None
         return next((one for rung in self.controller.rungs if (one := _place(rung)) not in self._streams), None)

@@ -5,7 +5,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from fastdiff_pipelines.live import Budget, Controls, DeadlineController, LiveSession, LiveWorker, Rung, measure
+from fastdiff_pipelines.live import (
+    Budget,
+    Controls,
+    DeadlineController,
+    IdentityStream,
+    LiveSession,
+    LiveWorker,
+    Rung,
+    measure,
+)
 from fastdiff_pipelines.live.virtual import TimedStream, VirtualClock, camera, run, viewer
 from fastdiff_pipelines.settings import Settings
 
@@ -109,6 +118,22 @@ def test_room_is_kept_for_stalls_and_not_for_a_machine_that_stays_slow() -> None
     for number in range(100, 150):
         controller.observe(cost * 2 + (900.0 if number == 110 else 0.0), at=4 + number / FPS)
     assert controller.stall_ms(LADDER[2]) == pytest.approx(15.0)
+
+
+def test_frames_are_made_as_small_as_the_rung_wants_them() -> None:
+    controller = DeadlineController([Rung("half size", {"scale": 0.5}, cost_ms=1.0)], Budget(TARGET_MS))
+    session = LiveSession(
+        lambda scale, plan: IdentityStream(int(16 * scale), int(16 * scale)), Controls(Settings("")),
+        controller=controller,
+    )  # fmt: skip
+    problems: list[str] = []
+    session.on_problem = problems.append
+    session.offer(np.full((16, 16, 3), 77, np.uint8), 0)
+    session.step()
+    (one,) = session.take()
+    assert one.payload.shape == (8, 8, 3)
+    assert set(one.payload.reshape(-1)) == {77}
+    assert problems == []
 
 
 def test_streams_of_the_ladder_are_made_before_they_are_needed() -> None:
