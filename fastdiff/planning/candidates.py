@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from fastdiff.acceleration import Acceleration
 from fastdiff.caching.forecast import Forecast
 from fastdiff.planning.search import (
     Infeasible,
@@ -15,6 +16,7 @@ from fastdiff.planning.search import (
     segment_costs,
     uniform,
 )
+from fastdiff.sampling.steps import StepBudget
 
 # how strongly measured outcomes weigh against plain local error: proxies mislead, so neighbours are tried as well
 TEMPERS = (1.0, 0.7, 0.4)
@@ -26,16 +28,17 @@ class Candidate:
     """A way to make a run faster.
 
     Attributes:
-        forecast: what leaves calls out; None for the control, which takes fewer steps.
-        computed: denoiser calls of each branch. steps: steps the run is asked for.
+        members: of the plan it is; in the order of their stages.
+        computed: denoiser calls of each branch.
         predicted: energy of the picture's error that the search expects; NaN where it has no opinion.
+        plain: True when each of those calls costs what one of the plain pipeline does.
     """
 
     name: str
-    forecast: Forecast | None
+    members: tuple[Acceleration, ...]
     computed: int
-    steps: int
     predicted: float = float("nan")
+    plain: bool = True
 
 
 def forecast_of(
@@ -69,9 +72,8 @@ def static_forecast(steps: int, computed: int) -> Forecast:
 
 def controls(trajectories: Trajectories, computed: int, fewer: int) -> list[Candidate]:
     """What has to be beaten: uniform repetition, and simply fewer steps."""
-    steps = trajectories.steps
-    even = forecast_of(trajectories, uniform(steps, computed))
-    return [Candidate("uniform", even, computed, steps), Candidate("fewer-steps", None, fewer, fewer)]
+    even = forecast_of(trajectories, uniform(trajectories.steps, computed))
+    return [Candidate("uniform", (even,), computed), Candidate("fewer-steps", (StepBudget(fewer),), fewer)]
 
 
 def candidates(
@@ -80,7 +82,10 @@ def candidates(
     weights: Sequence[float],
     computed: int,
 ) -> list[Candidate]:
-    """Schedules with `computed` calls: by dynamic programming under several weighings, and by rule; with forecasts."""
+    """Schedules with `computed` calls: by dynamic programming under several weighings, and by rule; with forecasts.
+
+    The most promising come first, since not all may be tried.
+    """
     steps = trajectories.steps
     named: dict[str, Schedule] = {}
     for temper in TEMPERS:
@@ -93,26 +98,25 @@ def candidates(
     for share in (0.5, 0.35):
         named[f"front-{share:g}"] = front_loaded(steps, computed, share)
     costs = segment_costs(errors, weights, LONGEST)
-    found, seen = [], set()
+    linear, constant, seen = [], [], set()
     for name, schedule in named.items():
         if schedule in seen or len(schedule) != computed:
             continue
         seen.add(schedule)
         predicted = sum(costs[start][end] for start, end in pairwise(schedule))
-        for most in (2, 1):
+        for most, into in ((2, linear), (1, constant)):
             one = forecast_of(trajectories, schedule, most)
-            found.append(Candidate(f"{name} fit-{most}", one, computed, steps, predicted))
-        if name.startswith("front-0.5"):
-            found.append(Candidate(f"{name} repeat", forecast_of(trajectories, schedule), computed, steps, predicted))
-    found += _static(steps, computed)
-    return found
+            into.append(Candidate(f"{name} fit-{most}", (one,), computed, predicted))
+        if name == "front-0.5":
+            constant.append(Candidate(f"{name} repeat", (forecast_of(trajectories, schedule),), computed, predicted))
+    return [*linear, *constant, *_static(steps, computed)]
 
 
 def _static(steps: int, computed: int) -> list[Candidate]:
     """The static schedule with as many computed steps, or the next number that has one; none where none has."""
     for count in range(computed, steps):
         try:
-            return [Candidate("static", static_forecast(steps, count), count, steps)]
+            return [Candidate("static", (static_forecast(steps, count),), count)]
         except Infeasible:
             continue
     return []

@@ -6,7 +6,8 @@
 3. Errors of leaving any step out after any other come from memory, without a call; dynamic programming gives the best
    schedule for every number of computed steps (one sweep, the whole Pareto front).
 4. Proxies mislead, so neighbours and rules of thumb are run as well, on the same prompts, until the calls allowed are
-   spent.
+   spent; among them what makes a call cheaper (fewer bits, sparse attention, masked units, one branch left out), whose
+   gain is measured and spent on computing more steps.
 5. The best few, uniform repetition and fewer steps at the same latency meet on other prompts. Whoever wins there is
    the answer, be it the control.
 
@@ -15,7 +16,7 @@ Related: LeMiCa's outcome-aware edges (https://arxiv.org/abs/2511.00090), CacheQ
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,17 +28,23 @@ from fastdiff.acceleration import Unsupported
 from fastdiff.plan import Plan
 from fastdiff.planning import provenance
 from fastdiff.planning.budget import Budget
-from fastdiff.planning.candidates import LONGEST, Candidate, candidates, controls
+from fastdiff.planning.candidates import LONGEST, Candidate, candidates, controls, forecast_of
+from fastdiff.planning.cheaper import WORTH_IT, at_once, cheaper, in_order
 from fastdiff.planning.measure import Study, Workload, log_mse, outcome_weights, study
 from fastdiff.planning.search import best_schedules, segment_costs, segment_errors
 from fastdiff.quality import Interval, equal_latency, mean_interval, median_interval, paired_median_difference
 from fastdiff.quality import psnr as psnr_of
 from fastdiff.quality import ssim as ssim_of
+from fastdiff.quality.control import TOLERANCE
 
 Score = Callable[[Tensor], Tensor]
 """Pictures [n, 3, H, W] in 0..1 of the held-out prompts, in order, to right (1) or wrong (0): [n] or [n, k]."""
 
 FINALISTS = 2
+# candidates that are tried before cheaper calls are
+FIRST = 3
+# steps of the run that shows what a cheaper call gains
+PACE_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Tuned:
     """What `tune` found.
 
     Attributes:
-        plan: to be saved and applied. It is empty when fewer steps are better: then take `steps` of them.
+        plan: to be saved and applied. Where fewer steps are better, that is what it says (`StepBudget`).
         steps: of the run the plan is for.
         results: the winner first, then everybody it met, on held-out prompts.
         front: (computed steps, expected seconds, expected PSNR in dB) for every number of computed steps.
@@ -120,7 +127,7 @@ class Planner:
         self.schedules = best_schedules(costs, LONGEST)
         self._base = self.study.spent
         self._proof: Study | None = None
-        self._images: dict[str, Tensor] = {}
+        self._paces: dict[str, tuple[Any, float]] | None = None
 
     def tune(self, budget: Budget | None = None, latency: float | None = None) -> Tuned:
         """Find a plan.
@@ -187,7 +194,8 @@ class Planner:
     def _calibrated(self, candidate: Candidate, tried: list[tuple[str, int, float]]) -> float:
         """Mean PSNR of a candidate on the calibration prompts."""
         pictures, taken = self._run(candidate, self.calibration)
-        self.study.time(candidate.computed, taken)
+        if candidate.plain:
+            self.study.time(candidate.computed, taken)
         self.study.spent += candidate.computed / self.calibration.steps
         mean = float(-10 * log_mse(pictures, self.study.reference).median() / math.log(10))
         tried.append((candidate.name, candidate.computed, mean))
@@ -195,19 +203,56 @@ class Planner:
         return mean
 
     def _run(self, candidate: Candidate, workload: Workload) -> tuple[Tensor, list[float]]:
-        if candidate.forecast is None:
-            return workload.run(self.pipe, candidate.steps)
-        with fastdiff.accelerate(self.pipe, candidate.forecast):
+        with fastdiff.accelerate(self.pipe, candidate.members):
             return workload.run(self.pipe)
 
     def _search(self, computed: int, tried: list[tuple[str, int, float]]) -> list[Candidate]:
-        """The finalists among candidates with this number of computed steps, by runs on the calibration prompts."""
-        ranked = []
-        for candidate in candidates(self.study.trajectories, self.errors, self.weights, computed):
+        """The finalists among candidates that take as long as so many computed steps, by runs on its own prompts."""
+        ranked: list[tuple[float, int, Candidate]] = []
+        known = candidates(self.study.trajectories, self.errors, self.weights, computed)
+        for candidate in [*known[:FIRST], *self._cheaper(computed), *known[FIRST:]]:
             if self.study.spent + candidate.computed / self.calibration.steps > self.most and ranked:
-                break
+                continue
             ranked.append((-self._calibrated(candidate, tried), len(ranked), candidate))
         return [candidate for _, _, candidate in sorted(ranked)[:FINALISTS]]
+
+    def _cheaper(self, computed: int) -> list[Candidate]:
+        """Schedules of cheaper calls, as many more as there is time for; the fastest first."""
+        if self._paces is None:
+            before = self.study.spent
+            self._paces = dict(self._measured_paces())
+            self._base += self.study.spent - before
+        target, found = self.study.latency(computed), []
+        for name, (one, pace) in sorted(self._paces.items(), key=lambda item: item[1][1]):
+            counts = [count for count in self.schedules if pace * self.study.latency(count) <= target]
+            count = max(counts, default=0)
+            if pace > WORTH_IT or not computed < count < self.calibration.steps:
+                continue
+            schedule = self.schedules[count][1]
+            forecast = forecast_of(self.study.trajectories, schedule, 2)
+            found.append(Candidate(f"{name} fit-2", in_order((one, forecast)), count, plain=False))
+        return found
+
+    def _measured_paces(self) -> Iterator[tuple[str, tuple[Any, float]]]:
+        """How long a call takes with each of what could make it cheaper, by a plain one's time."""
+        steps = min(PACE_STEPS, self.calibration.steps)
+        times: dict[str, float] = {}
+        kinds = cheaper(self.pipe)
+        for name in ("", *kinds) if kinds else ():
+            if self.study.spent + steps / self.calibration.steps > self.most:
+                return
+            members = (at_once(kinds[name]),) if name else ()
+            try:
+                with fastdiff.accelerate(self.pipe, members):
+                    taken = self.calibration.run(self.pipe, steps)[1]
+            except (Unsupported, RuntimeError) as error:
+                self.say(f"{name} cannot run here: {error}")
+                continue
+            self.study.spent += steps / self.calibration.steps
+            times[name] = sum(taken)
+            if name:
+                self.say(f"{name}: a call takes {times[name] / times['']:.2f} times as long")
+                yield name, (kinds[name], times[name] / times[""])
 
     def _prove(self, finalists: list[Candidate], computed: int, baseline: float, tried: list) -> Tuned:
         """Finalists and controls on held-out prompts; the best median wins."""
@@ -216,6 +261,8 @@ class Planner:
         results = [self._judge(one, proof) for one in finalists]
         spent += sum(one.computed for one in finalists) / self.calibration.steps
         mine = min(result.seconds for result in results)
+        # a cheaper call that turned out not to be is not let in at more than its rivals' latency
+        results = [one for one in results if one.candidate.plain or one.seconds <= (1 + TOLERANCE) * mine]
         fewer = equal_latency(mine, self.study.latency, self.calibration.steps - 1, least=2)
         for control in controls(self.study.trajectories, computed, fewer.steps):
             results.append(self._judge(control, proof))
@@ -226,12 +273,10 @@ class Planner:
         ms = 1000 * best.seconds
         expected = (*expected, ("ms", ms, ms, ms, len(best.psnr)))
         origin = provenance.of(self.pipe, self.calibration.steps, self.calibration.guidance, expected)
-        forecast = best.candidate.forecast
-        plan = Plan(() if forecast is None else (forecast,), tuned=origin)
+        plan = Plan(best.candidate.members, tuned=origin)
         front = [(count, self.study.latency(count), self.expected(count)) for count in sorted(self.schedules)]
-        return Tuned(
-            plan, best.candidate.steps, results, front, self.study.spent, 1 + spent, baseline, None, list(tried)
-        )
+        steps = self.calibration.steps
+        return Tuned(plan, steps, results, front, self.study.spent, 1 + spent, baseline, None, list(tried))
 
     def _reference(self) -> Study:
         if self._proof is None:
@@ -242,7 +287,6 @@ class Planner:
 
     def _judge(self, candidate: Candidate, proof: Study) -> Result:
         pictures, taken = self._run(candidate, self.heldout)
-        proof.time(candidate.computed, taken)
         decibels = psnr_of(pictures, proof.reference).clamp(max=100)
         quality = {"psnr": median_interval(decibels.numpy()), "ssim": _ssim(pictures, proof.reference)}
         if self.score is not None:

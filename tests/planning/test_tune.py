@@ -9,13 +9,15 @@ from diffusers import DDIMScheduler
 
 import fastdiff
 from fastdiff.acceleration import Unsupported
+from fastdiff.caching.forecast import Forecast
 from fastdiff.miniature.families import family
 from fastdiff.plan import Plan
 from fastdiff.planning import report
 from fastdiff.planning.budget import Budget
+from fastdiff.planning.cheaper import cheaper
 from fastdiff.planning.measure import Recorder, Tape, Workload, line, outcome_weights, study
 from fastdiff.planning.search import uniform
-from fastdiff.planning.tune import Planner, tune
+from fastdiff.planning.tune import PACE_STEPS, Planner, tune
 
 STEPS = 10
 CALIBRATION = Workload(("a red circle", "a blue square", "a green ring"), 3, STEPS, 3.0, 32, 32, batch=3)
@@ -81,16 +83,74 @@ def test_the_winner_beats_its_controls_within_the_calls_allowed(planner: Planner
     tuned.plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded == tuned.plan
-    again, _ = HELDOUT.run(planner.pipe, tuned.steps)
-    if len(loaded):
-        with fastdiff.accelerate(planner.pipe, loaded, strict=True) as handle:
-            again, _ = HELDOUT.run(planner.pipe)
-        row = handle.report().rows[0]
+    with fastdiff.accelerate(planner.pipe, loaded, strict=True) as handle:
+        again, _ = HELDOUT.run(planner.pipe)
+    rows = {row.name: row for row in handle.report().rows}
+    if "Forecast" in rows:
         # two calls of the pipeline
-        assert row.seen - row.accelerated == 2 * tuned.best.computed
+        assert rows["Forecast"].seen - rows["Forecast"].accelerated == 2 * tuned.best.computed
     from fastdiff.quality import psnr
 
     torch.testing.assert_close(psnr(again, HELDOUT.run(planner.pipe)[0]).clamp(max=100), tuned.best.psnr)
+
+
+def test_a_cheaper_call_buys_computed_steps(planner: Planner, monkeypatch: pytest.MonkeyPatch):
+    kinds = cheaper(planner.pipe)
+    assert {"16-bit", "units", "deep", "guidance"} <= set(kinds)
+    assert "8-bit" not in kinds  # its layers are too small for it
+    paces = {"guidance": (kinds["guidance"], 0.49), "deep": (kinds["deep"], 0.99), "16-bit": (kinds["16-bit"], 0.75)}
+    monkeypatch.setattr(planner, "_paces", paces)
+    monkeypatch.setattr(planner.study, "seconds", {STEPS: [1.0], STEPS // 2: [0.5]})
+    found = {one.name: one for one in planner._cheaper(4)}
+    assert list(found) == ["guidance fit-2", "16-bit fit-2"]
+    assert [one.computed for one in found.values()] == [8, 5]
+    assert [type(one).__name__ for one in found["16-bit fit-2"].members] == ["Precision", "Forecast"]
+    assert not found["16-bit fit-2"].plain
+    loaded = Plan.from_json(Plan(found["16-bit fit-2"].members).to_json())
+    pictures, _ = planner._run(found["16-bit fit-2"], HELDOUT)
+    with fastdiff.accelerate(planner.pipe, loaded):
+        assert torch.equal(HELDOUT.run(planner.pipe)[0], pictures)
+
+
+def test_what_makes_calls_cheaper_is_measured_once_and_counted(planner: Planner, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planner, "_paces", None)
+    monkeypatch.setattr(planner.study, "spent", 0.0)
+    monkeypatch.setattr(planner, "_base", 0.0)
+    planner._cheaper(4)
+    kinds = cheaper(planner.pipe)
+    assert planner._paces is not None
+    assert set(planner._paces) == set(kinds)
+    assert planner.study.spent == pytest.approx(planner._base) == pytest.approx((1 + len(kinds)) * PACE_STEPS / STEPS)
+    planner._cheaper(4)
+    assert planner.study.spent == pytest.approx(planner._base)
+
+
+def test_fewer_steps_are_a_plan_too(planner: Planner):
+    from fastdiff.planning.candidates import controls
+
+    control = controls(planner.study.trajectories, 4, 3)[1]
+    plan = Plan.from_json(Plan(control.members).to_json())
+    with fastdiff.accelerate(planner.pipe, plan, strict=True):
+        pictures = HELDOUT.run(planner.pipe)[0]
+    torch.testing.assert_close(pictures, HELDOUT.run(planner.pipe, 3)[0], rtol=0, atol=0)
+
+
+def test_a_plan_for_many_steps_is_mapped_to_fewer(planner: Planner):
+    """28 to 20 steps: the plan computes at the steps nearest to its levels, and says that it was mapped."""
+    from dataclasses import replace
+
+    longer, shorter = (replace(HELDOUT, prompts=HELDOUT.prompts[:1], steps=steps) for steps in (28, 20))
+    levels = study(planner.pipe, longer).trajectories.levels
+    fits = tuple((level, 0.0, 1.0) for step, level in enumerate(levels) if step % 3)
+    plan = Plan((Forecast("levels", levels=levels[::3], fits=fits, warm_up=1),))
+    plan = Plan.from_json(plan.to_json())
+    with fastdiff.accelerate(planner.pipe, plan, strict=True) as handle:
+        shorter.run(planner.pipe)
+        row = handle.report().rows[0]
+    near = study(planner.pipe, shorter).trajectories.levels
+    expected = {min(range(20), key=lambda step: abs(near[step] - level)) for level in levels[::3]} | {0, 19}
+    assert row.seen - row.accelerated == len(expected)
+    assert "a run of 20 steps is not the one the plan was fitted on" in " ".join(row.notes)
 
 
 def test_a_budget_is_kept_or_said_not_to_be(planner: Planner):
