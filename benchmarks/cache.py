@@ -2,7 +2,7 @@
 
 The embedded model, 50 steps of DDIM and (rows ending in -dpm) 25 of DPM-Solver++, guidance 5, the same words and noise
 for all. For about twice and three times the speed:
-    fewer-steps: the control; the same pipeline asked for as many steps as the plan computes.
+    fewer-steps: the control; the same pipeline asked for as many steps as the plan has time for.
     uniform: computed steps evenly spread, the last output repeated between them.
     deepcache, cache-dit: as published, in environments of their own (`make peers`).
     diffusers: its own caches; the one that runs on a UNet is Pyramid Attention Broadcast.
@@ -13,11 +13,16 @@ A row whose latency cannot be brought within 5 % of the planned row's says "not 
 batch. `psnr` is the median, `psnr_p10` the tenth percentile, `planned_ahead` the median of the paired difference of the
 planned row's PSNR and this one's (above 0 where planned is the better), `attribute_drop` the paired drop of the share
 of attributes that the detector reads right.
+
+`--full` goes on where the timed prompts end: 1,024 prompts for the rows in `DRAWN_ON`, drawn without a clock, since
+pictures do not depend on what else the machine does. Each figure carries its own number of prompts. What
+was measured by the same sources is kept under out/, so that it resumes; Ctrl-C ends it with what there is.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -27,13 +32,16 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 import fastdiff
-from benchmarks.peers.pipelines import PeerFailed, PipelinePeer
+from benchmarks import kept
+from benchmarks.peers.caches import DeepCache, Draw, Probe, cache_dit, quickest, started
+from benchmarks.peers.pipelines import PeerFailed
 from benchmarks.record import Record, Row, could_not_run
 from fastdiff.caching.diffusers_cache import DiffusersCache
-from fastdiff.caching.forecast import Forecast
 from fastdiff.miniature import detector, world
+from fastdiff.plan import Plan
 from fastdiff.planning.candidates import forecast_of, static_forecast
 from fastdiff.planning.measure import Workload
+from fastdiff.planning.provenance import model_fingerprint
 from fastdiff.planning.search import Infeasible, uniform
 from fastdiff.planning.tune import Planner, Tuned
 from fastdiff.quality import (
@@ -53,12 +61,18 @@ SPEEDS = (2, 3)
 STEPS = {"ddim": 50, "dpm": 25}
 GUIDANCE = 5.0
 SEEDS = {"calibration": 5_000_011, "heldout": 6_000_011, "test": 7_000_003}  # far from those of any training run
-Draw = Callable[[list[str], list[int]], tuple[Tensor, float]]
+TIMED, FULL = 128, 1024
+DRAWN_ON = ("baseline", "fewer-steps-3x", "fastdiff-planned-3x")
+SOURCES = ("fastdiff/caching/*.py", "fastdiff/planning/*.py", "benchmarks/cache.py", "benchmarks/peers/*.py")
 
 
 @dataclass
 class Contender:
-    """One row in the making: `draw` gives pictures of prompts and seeds, and the milliseconds they took."""
+    """One row in the making: `draw` gives pictures of prompts and seeds, and the milliseconds they took.
+
+    Attributes:
+        figures: of every prompt drawn so far, in order: psnr and ssim to the baseline, share of attributes right.
+    """
 
     name: str
     draw: Draw | None
@@ -66,12 +80,62 @@ class Contender:
     nfe: int | None = None
     note: str = ""
     milliseconds: list[float] = field(default_factory=list)
-    pictures: list[Tensor] = field(default_factory=list)
+    figures: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def ms(self) -> float:
         """Median for one picture."""
         return float(np.median(self.milliseconds))
+
+    @property
+    def drawn(self) -> int:
+        """How many prompts it has figures of."""
+        return len(self.figures.get("right", ()))
+
+    def add(self, pictures: Tensor, reference: Tensor, scenes: list[world.Scene]) -> None:
+        """Take in the pictures of the next prompts."""
+        told = {"right": _right(pictures, scenes)}
+        if self.speed:
+            told["psnr"] = psnr(pictures, reference).clamp(max=100).numpy()
+            told["ssim"] = ssim(pictures, reference).numpy()
+        for name, values in told.items():
+            self.figures.setdefault(name, []).extend(map(float, values))
+
+    def as_json(self) -> dict[str, Any]:
+        """All but how to draw."""
+        return {name: value for name, value in vars(self).items() if name != "draw"}
+
+
+@dataclass
+class Stage:
+    """The rows of one sampler, with the plans in them and what finding those cost."""
+
+    contenders: list[Contender]
+    plans: dict[str, str]
+    costs: dict[str, dict[str, Interval]]
+    timed: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        costs = {speed: {name: one.as_json() for name, one in some.items()} for speed, some in self.costs.items()}
+        return {
+            "plans": self.plans,
+            "costs": costs,
+            "timed": self.timed,
+            "contenders": [one.as_json() for one in self.contenders],
+        }
+
+    @classmethod
+    def of(cls, found: dict[str, Any], pipe: Any, steps: int) -> "Stage":
+        """From a file; only what `--full` draws can be drawn."""
+        costs = {speed: {name: Interval(**one) for name, one in some.items()} for speed, some in found["costs"].items()}
+        stage = cls([Contender(draw=None, **one) for one in found["contenders"]], found["plans"], costs, found["timed"])
+        for one in stage.contenders:
+            if one.name in DRAWN_ON and one.milliseconds:
+                one.draw = plain(pipe, one.nfe // 2 if one.nfe else steps)
+            if one.name in DRAWN_ON and one.name.startswith("fastdiff-planned"):
+                one.draw = planned(pipe, Plan.from_json(stage.plans[str(one.speed)]), steps)
+        return stage
 
 
 def scenes_of(name: str, count: int) -> list[world.Scene]:
@@ -98,27 +162,44 @@ def run(
     """Runs the benchmark.
 
     Args:
-        full: eight times as many prompts.
-        prompts: how many; 0 chooses. searched: prompts for the search, and as many for its proof.
+        full: goes on to 1,024 prompts, from what the last run by the same sources kept where there is one.
+        prompts: how many to time; 0 chooses. searched: prompts for the search, and as many for its proof.
         samplers: "ddim", "dpm" or both. peers: False leaves other people's packages out.
         pipe: the pipeline to measure; the embedded one where None.
     """
     pipe = pipe or load_pipeline(None, "text-to-image")
-    scenes = scenes_of("test", prompts or (1024 if full else 128))
-    record = Record("cache")
-    own = pipe.scheduler
+    prompts = prompts or TIMED
+    record, own, ended = Record("cache"), pipe.scheduler, False
+    settings = (model_fingerprint(pipe), STEPS, GUIDANCE, SEEDS, prompts, batch, searched, peers, torch.__version__)
+    key = kept.digest(*settings, sources=SOURCES)
+    stages: dict[str, Stage] = {}
     for sampler in samplers:
+        steps = STEPS[sampler]
         pipe.scheduler = own if sampler == "dpm" else ddim(own)
+        found = kept.read(f"bench-cache-{sampler}", key) if full else None
+        if found is not None:
+            stages[sampler] = Stage.of(found, pipe, steps)
+            continue
         with ExitStack() as stack:
-            contenders, tuned = _contenders(stack, pipe, STEPS[sampler], batch, searched, peers)
-            _measure([one for one in contenders if one.draw], scenes, batch)
-        pipe.scheduler = own
-        rows = _rows(contenders, scenes, tuned)
+            stage = stages[sampler] = _stage(stack, pipe, steps, batch, searched, peers)
+            stage.timed = f"timed {record.created}, commit {record.commit}, load {record.machine['load']}"
+            _measure([one for one in stage.contenders if one.draw], prompts, batch)
+        _keep(stage, f"bench-cache-{sampler}", key)
+    for sampler, stage in stages.items():
+        pipe.scheduler = own if sampler == "dpm" else ddim(own)
+        if full and not ended:
+            ended = _draw_on(stage, partial(_keep, stage, f"bench-cache-{sampler}", key), 2 * batch)
+        rows = _rows(stage)
         for row in rows:
             row.method += "" if sampler == "ddim" else "-dpm"
             row.ratio = rows[0].ms_median / row.ms_median if rows[0].ms_median and row.ms_median else None
         record.rows += rows
+    pipe.scheduler = own
     return record.finish()
+
+
+def _keep(stage: Stage, name: str, key: str) -> None:
+    kept.write(name, key, stage.as_json())
 
 
 def ddim(scheduler: Any) -> Any:
@@ -151,118 +232,67 @@ def planned(pipe: Any, plan: Any, steps: int) -> Draw:
     return draw
 
 
-def _contenders(
-    stack: ExitStack, pipe: Any, steps: int, batch: int, searched: int, peers: bool
-) -> tuple[list[Contender], dict[int, Tuned]]:
+def _stage(stack: ExitStack, pipe: Any, steps: int, batch: int, searched: int, peers: bool) -> Stage:
     calibration, heldout = (workload(name, searched, steps, batch) for name in ("calibration", "heldout"))
     planner = Planner(pipe, calibration, heldout)
-    found = [Contender("baseline", plain(pipe, steps), nfe=2 * steps)]
-    deepcache = _deepcache(stack, pipe, steps, planner, peers)
-    broadcast = _broadcast(pipe, steps, planner)
-    dit = _cache_dit(pipe, steps) if peers else "left out"
-    tuned = {}
+    # prompts to find settings with, which are not measured afterwards
+    probe: Probe = (list(calibration.prompts), [calibration.seed + place for place in range(searched)])
+    peer = started(stack, "deepcache", pipe) if peers else "left out"
+    deepcache = DeepCache.measured(peer, steps, GUIDANCE, probe)
+    broadcast = _broadcast(pipe, steps, probe)
+    dit = cache_dit(pipe, steps, GUIDANCE) if peers else "left out"
+    stage = Stage([Contender("baseline", plain(pipe, steps), nfe=2 * steps)], {}, {})
     for speed in SPEEDS:
         best = planner.tune(latency=-float(speed))
-        tuned[speed] = best
-        computed = best.best.computed
-        even = forecast_of(planner.study.trajectories, uniform(steps, computed))
-        found += [
-            Contender(f"fewer-steps-{speed}x", plain(pipe, computed), speed, 2 * computed),
-            Contender(f"uniform-{speed}x", planned(pipe, even, steps), speed, 2 * computed),
-            deepcache.contender(speed),
+        stage.plans[str(speed)], stage.costs[str(speed)] = best.plan.to_json(), dict(_cost(best))
+        ours = planned(pipe, best.plan, best.steps)
+        goal = quickest(ours, probe)
+
+        def even(count: int, planner: Planner = planner) -> Draw:
+            return planned(pipe, forecast_of(planner.study.trajectories, uniform(steps, count)), steps)
+
+        count = _as_long(goal, even, probe, best.best.computed, steps)
+        stage.contenders += [
+            Contender(f"fewer-steps-{speed}x", plain(pipe, count), speed, 2 * count),
+            Contender(f"uniform-{speed}x", even(count), speed, 2 * count),
+            _contender(f"deepcache-{speed}x", speed, deepcache.nearest(goal, TOLERANCE)),
             _diffusers(pipe, speed, steps, broadcast),
             Contender(f"cache-dit-{speed}x", None, speed, note=dit),
-            _static(pipe, speed, steps, computed),
-            Contender(f"fastdiff-planned-{speed}x", planned(pipe, best.plan, best.steps), speed, 2 * computed),
+            _static(pipe, speed, steps, count),
+            Contender(f"fastdiff-planned-{speed}x", ours, speed, _calls(best), best.best.name),
         ]
-    return found, tuned
+    return stage
+
+
+def _as_long(goal: float, even: Callable[[int], Draw], probe: Probe, computed: int, steps: int) -> int:
+    """How many computed steps take as long as the plan does: its own number, unless its calls are cheaper ones."""
+    taken = quickest(even(computed), probe)
+    return computed if abs(taken / goal - 1) <= TOLERANCE else min(max(2, round(computed * goal / taken)), steps - 1)
+
+
+def _calls(tuned: Tuned) -> int | None:
+    """Denoiser calls of both branches; None where calls are not all of a kind."""
+    return 2 * tuned.best.computed if tuned.best.candidate.plain else None
+
+
+def _contender(name: str, speed: int, found: tuple[Draw | None, str]) -> Contender:
+    return Contender(name, found[0], speed, note=found[1])
 
 
 def _static(pipe: Any, speed: int, steps: int, computed: int) -> Contender:
     for count in (computed, computed - 1, computed + 1):
         try:
-            one: Forecast = static_forecast(steps, count)
+            one = static_forecast(steps, count)
         except Infeasible:
             continue
         return Contender(f"fastdiff-static-{speed}x", planned(pipe, one, steps), speed, 2 * count)
     return Contender(f"fastdiff-static-{speed}x", None, speed, note="not reachable: no interval gives this speed")
 
 
-def _peer(stack: ExitStack, name: str, pipe: Any) -> PipelinePeer | str:
-    try:
-        return stack.enter_context(PipelinePeer(name, pipe))
-    except (OSError, ChildProcessError) as error:
-        return str(error)
-
-
-def _probe(planner: Planner) -> tuple[list[str], list[int]]:
-    """A few prompts to find settings with, which are not measured afterwards."""
-    some = planner.calibration
-    count = min(8, len(some.prompts))
-    return list(some.prompts[:count]), [some.seed + place for place in range(count)]
-
-
-@dataclass
-class _DeepCache:
-    """DeepCache at the outermost branch, whose cached steps are its cheapest, and what whole and cached steps take."""
-
-    peer: PipelinePeer | None
-    steps: int
-    whole: float = 0.0
-    cached: float = 0.0
-    note: str = ""
-
-    def draw_with(self, interval: int) -> Draw:
-        """Its pictures at an interval."""
-        settings = {"cache_interval": interval, "cache_branch_id": 0}
-        assert self.peer is not None
-        draw = self.peer.draw
-        return lambda some, noise: draw(some, noise, self.steps, GUIDANCE, settings)
-
-    def taken(self, interval: int) -> float:
-        """Expected milliseconds for a picture."""
-        computed = -(-self.steps // interval)
-        return computed * self.whole + (self.steps - computed) * self.cached
-
-    def contender(self, speed: int) -> Contender:
-        """The interval that comes nearest to a speed."""
-        name = f"deepcache-{speed}x"
-        if self.note:
-            return Contender(name, None, speed, note=self.note)
-        goal = self.taken(1) / speed
-        interval = min(range(2, self.steps + 1), key=lambda one: (abs(self.taken(one) - goal), one))
-        if self.taken(interval) > goal * (1 + 2 * TOLERANCE):
-            most = self.taken(1) / self.taken(self.steps)
-            note = f"not reachable: at most {most:.2f} times faster, with one step of all computed whole"
-            return Contender(name, None, speed, note=note)
-        return Contender(name, self.draw_with(interval), speed, note=f"interval {interval}, branch 0")
-
-
-def _deepcache(stack: ExitStack, pipe: Any, steps: int, planner: Planner, peers: bool) -> _DeepCache:
-    peer = _peer(stack, "deepcache", pipe) if peers else "left out"
-    if isinstance(peer, str):
-        return _DeepCache(None, steps, note=peer)
-    found = _DeepCache(peer, steps)
-    prompts, seeds = _probe(planner)
-    try:
-        whole, least = (
-            min(found.draw_with(interval)(prompts, seeds)[1] for _ in range(2)) / len(prompts)
-            for interval in (1, steps)
-        )
-    except (PeerFailed, ChildProcessError) as error:
-        return _DeepCache(None, steps, note=str(error)[:200])
-    found.whole = whole / steps
-    found.cached = (least - found.whole) / (steps - 1)
-    return found
-
-
-def _broadcast(pipe: Any, steps: int, planner: Planner) -> tuple[DiffusersCache, float]:
+def _broadcast(pipe: Any, steps: int, probe: Probe) -> tuple[DiffusersCache, float]:
     """What diffusers has for a UNet, at its fastest (every attention repeated for the whole run), and how fast."""
-    prompts, seeds = _probe(planner)
     broadest = DiffusersCache(method="pyramid_attention", interval=steps, warm_up=2, max_run=steps)
-    whole = min(plain(pipe, steps)(prompts, seeds)[1] for _ in range(2))
-    least = min(planned(pipe, broadest, steps)(prompts, seeds)[1] for _ in range(2))
-    return broadest, whole / least
+    return broadest, quickest(plain(pipe, steps), probe) / quickest(planned(pipe, broadest, steps), probe)
 
 
 def _diffusers(pipe: Any, speed: int, steps: int, found: tuple[DiffusersCache, float]) -> Contender:
@@ -273,48 +303,57 @@ def _diffusers(pipe: Any, speed: int, steps: int, found: tuple[DiffusersCache, f
     return Contender(name, planned(pipe, broadest, steps), speed)
 
 
-def _cache_dit(pipe: Any, steps: int) -> str:
-    """What cache-dit says to a UNet."""
-    with ExitStack() as stack:
-        peer = _peer(stack, "cache-dit", pipe)
-        if isinstance(peer, str):
-            return peer
-        try:
-            peer.draw(["a red circle"], [0], 4, GUIDANCE, {})
-        except (PeerFailed, ChildProcessError) as error:
-            return f"not reachable: {str(error)[:200]}"
-    return f"not reachable: it accepts the UNet and leaves all {steps} steps in"
-
-
-def _measure(contenders: list[Contender], scenes: list[world.Scene], batch: int) -> None:
-    captions = [world.caption(scene) for scene in scenes]
-    for start in range(0, len(scenes), batch):
-        some = captions[start : start + batch]
-        seeds = [SEEDS["test"] + start + place for place in range(len(some))]
+def _measure(contenders: list[Contender], count: int, batch: int) -> None:
+    """Every contender draws every batch in turn, by the clock."""
+    scenes = scenes_of("test", count)
+    for start in range(0, count, batch):
+        some = scenes[start : start + batch]
+        reference = None
         for one in contenders:
             if one.draw is None:
                 continue
             try:
-                pictures, taken = one.draw(some, seeds)
+                pictures, taken = one.draw(*_asked(some, start))
             except (PeerFailed, ChildProcessError, fastdiff.Unsupported) as error:
                 one.draw, one.note = None, str(error)
                 continue
-            one.pictures.append(pictures)
+            reference = pictures if reference is None else reference
+            one.add(pictures, reference, some)
             one.milliseconds += [taken / len(some)] * len(some)
 
 
-def _rows(contenders: list[Contender], scenes: list[world.Scene], tuned: dict[int, Tuned]) -> list[Row]:
-    ours = {one.speed: one for one in contenders if one.name.startswith("fastdiff-planned")}
-    reference = torch.cat(contenders[0].pictures)
-    known = _right(reference, scenes)
-    rows = []
-    for one in contenders:
-        if one.draw is None:
+def _asked(scenes: list[world.Scene], start: int) -> tuple[list[str], list[int]]:
+    return [world.caption(scene) for scene in scenes], [SEEDS["test"] + start + place for place in range(len(scenes))]
+
+
+def _draw_on(stage: Stage, keep: Callable[[], None], batch: int) -> bool:
+    """Draw further prompts for `DRAWN_ON`, without a clock; True when it was told to stop."""
+    chosen = [one for one in stage.contenders if one.name in DRAWN_ON and one.draw and one.milliseconds]
+    scenes = scenes_of("test", FULL)
+    try:
+        while chosen and (start := chosen[0].drawn) < FULL:
+            some = scenes[start : start + batch]
+            pictures = [one.draw(*_asked(some, start))[0] for one in chosen if one.draw]
+            for one, made in zip(chosen, pictures, strict=True):
+                one.add(made, pictures[0], some)
+            keep()
+            print(f"{start + len(some)} of {FULL} prompts", flush=True)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _rows(stage: Stage) -> list[Row]:
+    ours = {one.speed: one for one in stage.contenders if one.name.startswith("fastdiff-planned")}
+    known, rows = stage.contenders[0].figures["right"], []
+    for one in stage.contenders:
+        if not one.milliseconds or (one.draw is None and not one.figures):
             rows.append(could_not_run(one.name, one.note))
             continue
         row = Row.timed(one.name, one.milliseconds, nfe=one.nfe, note=one.note)
         rows.append(row)
         if not one.speed:
+            row.note = stage.timed
             row.quality["attribute"] = mean_interval(known)
             continue
         best = ours[one.speed]
@@ -322,22 +361,23 @@ def _rows(contenders: list[Contender], scenes: list[world.Scene], tuned: dict[in
         if abs(off) > TOLERANCE:
             row.note = f"not reachable: its nearest setting is {100 * off:+.0f} % off the planned row's latency"
             continue
-        row.quality = _quality(torch.cat(one.pictures), reference, known, scenes)
+        row.quality = _quality(one, known)
         if one is not best:
-            theirs, mine = (psnr(torch.cat(some.pictures), reference).numpy() for some in (one, best))
+            both = min(one.drawn, best.drawn)
+            mine, theirs = (some.figures["psnr"][:both] for some in (best, one))
             row.quality["planned_ahead"] = paired_median_difference(mine, theirs)
         else:
-            row.quality |= dict(_cost(tuned[one.speed]))
+            row.quality |= stage.costs.get(str(one.speed), {})
     return rows
 
 
-def _quality(pictures: Tensor, reference: Tensor, known: np.ndarray, scenes: list[world.Scene]) -> dict[str, Interval]:
-    decibels = psnr(pictures, reference).clamp(max=100).numpy()
+def _quality(one: Contender, known: list[float]) -> dict[str, Interval]:
+    right = np.asarray(one.figures["right"])
     return {
-        "psnr": median_interval(decibels),
-        "psnr_p10": quantile_interval(decibels, 0.1),
-        "ssim": mean_interval(ssim(pictures, reference).numpy()),
-        "attribute_drop": mean_interval(known - _right(pictures, scenes)),
+        "psnr": median_interval(one.figures["psnr"]),
+        "psnr_p10": quantile_interval(one.figures["psnr"], 0.1),
+        "ssim": mean_interval(one.figures["ssim"]),
+        "attribute_drop": mean_interval(np.asarray(known[: len(right)]) - right),
     }
 
 

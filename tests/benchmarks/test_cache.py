@@ -1,16 +1,18 @@
 """`bench cache` and `bench tune` run end to end on the untrained model: their rows are there and add up."""
 
-from types import SimpleNamespace
-from typing import Any
+import json
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import cache, tune
+from benchmarks import cache, kept, tune
+from benchmarks.peers.caches import DeepCache
 from benchmarks.peers.environments import FOLDER
 from benchmarks.peers.pipelines import PeerFailed, PipelinePeer
 from benchmarks.record import Row
 from fastdiff.miniature import untrained
-from fastdiff.plan import Plan
 
 WAYS = ("fewer-steps", "uniform", "deepcache", "diffusers", "cache-dit", "fastdiff-static", "fastdiff-planned")
 
@@ -23,11 +25,19 @@ def pipe():
     return made
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the bench keeps between runs goes into the test's own folder."""
+    monkeypatch.setattr(kept, "ROOT", tmp_path)
+
+
 @pytest.mark.slow
 def test_every_row_is_there_with_its_figures_or_its_reason(pipe, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache, "STEPS", {"ddim": 8, "dpm": 8})
+    monkeypatch.setattr(cache, "FULL", 5)
     own = pipe.scheduler
-    record = cache.run(prompts=2, batch=2, searched=2, samplers=("dpm",), peers=False, pipe=pipe)
+    bench = partial(cache.run, prompts=2, batch=2, searched=2, samplers=("dpm",), peers=False, pipe=pipe)
+    record = bench()
     assert pipe.scheduler is own
     expected = ["baseline-dpm", *(f"{way}-{speed}x-dpm" for speed in (2, 3) for way in WAYS)]
     assert [row.method for row in record.rows] == expected
@@ -41,6 +51,39 @@ def test_every_row_is_there_with_its_figures_or_its_reason(pipe, monkeypatch: py
             assert ("planned_ahead" in row.quality) != planned
             assert ("search_generations" in row.quality) == planned
     assert record.row("deepcache-2x-dpm").note == "left out"
+    _goes_on(bench, record, monkeypatch)
+
+
+def _goes_on(bench, record, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--full` takes the times that were kept, draws the prompts that are missing, and is as good when interrupted."""
+    drawn = []
+    own = cache.plain
+
+    def counted(pipe, steps):
+        draw = own(pipe, steps)
+
+        def draw_and_count(prompts, seeds):
+            drawn.append(seeds)
+            if len(drawn) == 2:
+                raise KeyboardInterrupt
+            return draw(prompts, seeds)
+
+        return draw_and_count
+
+    monkeypatch.setattr(cache, "plain", counted)
+    ended = bench(full=True)
+    monkeypatch.setattr(cache, "plain", own)
+    whole = bench(full=True)
+    for one in (ended, whole):
+        assert [row.ms_median for row in one.rows] == [row.ms_median for row in record.rows]
+    name = "fastdiff-planned-3x-dpm"
+    assert {row.quality["psnr"].n for row in ended.rows if "psnr" in row.quality} == {2}
+    assert [whole.row(one).quality["attribute_drop"].n for one in (name, "fastdiff-planned-2x-dpm")] == [5, 2]
+    assert "timed" in whole.row("baseline-dpm").note
+    known = json.loads((kept.ROOT / "out" / "bench-cache-dpm.json").read_text())
+    assert {one["name"] for one in known["contenders"] if len(one["figures"].get("right", ())) == 5} == set(
+        cache.DRAWN_ON
+    )
 
 
 @pytest.mark.slow
@@ -57,39 +100,73 @@ def test_a_plans_word_stands_beside_what_it_did(pipe, monkeypatch: pytest.Monkey
 
 
 def test_rows_off_the_planned_latency_carry_no_figure():
-    import torch
-
-    from fastdiff.planning.tune import Tuned
-
     scenes = cache.scenes_of("test", 3)
     generator = torch.Generator().manual_seed(0)
     pictures = torch.rand(3, 3, 64, 64, generator=generator)
 
     def contender(name: str, ms: float, speed: int, off: float) -> cache.Contender:
         drawn = (pictures + off * torch.rand(pictures.shape, generator=generator)).clamp(0, 1)
-        return cache.Contender(name, lambda some, noise: (drawn, ms), speed, 4, "", [ms] * 3, [drawn])
+        made = cache.Contender(name, lambda some, noise: (drawn, ms), speed, 4, "", [ms] * 3)
+        made.add(drawn, pictures, scenes)
+        return made
 
-    tuned: dict[int, Tuned] = {}
     ways = [
         contender("baseline", 100.0, 0, 0.0),
         contender("fewer-steps-2x", 50.0, 2, 0.2),
         contender("uniform-2x", 60.0, 2, 0.2),
         contender("fastdiff-planned-2x", 51.0, 2, 0.1),
+        cache.Contender("deepcache-2x", None, 2, note="left out"),
     ]
-    best: Any = SimpleNamespace(quality={"psnr": cache.Interval.exact(30.0)})
-    tuned[2] = Tuned(Plan(), 50, [best], [], spent=3.0, heldout=2.0, baseline=0.1)
-    rows: dict[str, Row] = {row.method: row for row in cache._rows(ways, scenes, tuned)}
+    costs = {"2": {"expected_psnr": cache.Interval.exact(30.0)}}
+    stage = cache.Stage(ways, {"2": ""}, costs, "timed then")
+    rows: dict[str, Row] = {row.method: row for row in cache._rows(stage)}
     assert "psnr" in rows["fewer-steps-2x"].quality
     assert rows["fewer-steps-2x"].quality["planned_ahead"].low > 0
     assert rows["uniform-2x"].note == "not reachable: its nearest setting is +18 % off the planned row's latency"
     assert not rows["uniform-2x"].quality
+    assert rows["fastdiff-planned-2x"].quality["expected_psnr"].value == 30.0
+    assert rows["deepcache-2x"].note == "left out"
+    assert rows["deepcache-2x"].ms_median is None
+
+
+def test_what_was_kept_is_of_the_same_settings_and_sources(tmp_path: Path):
+    (tmp_path / "one.py").write_text("1")
+    key = kept.digest("settings", sources=("*.py",))
+    kept.write("bench", key, {"rows": [1]})
+    assert kept.read("bench", key) == {"key": key, "rows": [1]}
+    (tmp_path / "one.py").write_text("2")
+    assert kept.read("bench", kept.digest("settings", sources=("*.py",))) is None
+    assert kept.read("other", key) is None
+    (tmp_path / "out" / "bench.json").write_text("{")
+    assert kept.read("bench", key) is None
+
+
+def test_the_peer_is_set_to_what_takes_as_long():
+    asked = []
+
+    class Peer:
+        """5 ms for a whole step, 1 for a cached one."""
+
+        def draw(self, some, noise, steps, guidance, settings):
+            asked.append(settings["cache_interval"])
+            whole = -(-steps // settings["cache_interval"])
+            return torch.zeros(1), 5.0 * whole + (steps - whole)
+
+    found = DeepCache.measured(Peer(), 20, 5.0, (["a"], [0]))  # type: ignore[arg-type]
+    assert (found.whole, found.cached) == (5.0, 1.0)
+    draw, note = found.nearest(40.0, 0.05)
+    assert draw is not None
+    assert draw(["a"], [0])[1] == 40.0
+    assert note == "interval 4, branch 0"
+    assert len(set(asked)) < 8
+    none, note = found.nearest(10.0, 0.05)
+    assert none is None
+    assert note.startswith("not reachable: at most 4.17 times faster")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (FOLDER / "deepcache" / "complete").exists(), reason="make peers")
 def test_a_peer_draws_our_picture_and_says_what_is_wrong(pipe):
-    import torch
-
     plain = cache.plain(pipe, 4)(["a red circle"], [3])[0]
     with PipelinePeer("deepcache", pipe) as peer:
         theirs, taken = peer.draw(["a red circle"], [3], 4, cache.GUIDANCE, None)
