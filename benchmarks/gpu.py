@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastdiff
 from benchmarks.attention_kernels import kernel_suite
 from benchmarks.full_size import FULL, SHRUNKEN, Architecture, build
+from benchmarks.gpu_cache import linear_suite, skip_suite
 from benchmarks.parallel import efficiency_suite
 from benchmarks.record import Record, Row, could_not_run
 from fastdiff.quality import Interval
@@ -173,6 +174,8 @@ SUITES: dict[str, Callable[[Place], Iterator[Row]]] = {
     "stream": stream_suite,
     "parallel": efficiency_suite,
     "attention": kernel_suite,
+    "skips": skip_suite,
+    "linears": linear_suite,
 }
 
 

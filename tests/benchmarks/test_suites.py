@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastdiff
-from benchmarks import full_size, gpu, miniature, readme, stream
+from benchmarks import full_size, gpu, gpu_cache, miniature, readme, stream
 from benchmarks.peers import environments
 from benchmarks.peers.streamdiffusion import StreamDiffusionPeer
 from benchmarks.record import Record, Row
@@ -121,6 +121,32 @@ def test_gpu_suite_runs_on_shrunken_shapes(
     assert eager.ratio == 1.0
     assert eager.quality["tflop_per_frame"] == compiled.quality["tflop_per_frame"]
     assert eager.quality["tflop_per_frame"].value > 0
+
+
+@pytest.mark.slow
+def test_gpu_suite_of_skips_tells_computed_calls_from_those_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "SHRUNKEN", full_size.SHRUNKEN[:1])
+    monkeypatch.setattr(gpu_cache, "WAYS", {"": (), "compiled ": (Compile(backend="eager"),)})
+    rows = gpu.run(only="skips", shrunken=True).rows
+    names = [row.method.split("px ")[1] for row in rows]
+    once = ["plain computed", "forecast computed", "forecast left out"]
+    assert names == [*once, *(f"compiled {name}" for name in once)]
+    assert [row.note for row in rows] == [""] * 6
+    for row in rows[2::3]:
+        assert row.quality["of_step"].n == gpu_cache.STEPS - 3
+        assert row.quality["of_step"].value < 0.5
+    assert rows[4].quality["in_graph"].value == 1
+
+
+def test_gpu_suite_of_linears_runs_on_shrunken_shapes() -> None:
+    rows = {row.method: row for row in gpu.run(only="linears", shrunken=True).rows}
+    ways = ("bf16", "int8-product", "fp8-product", "fastdiff-w8a8", "torchao-int8", "torchao-fp8")
+    assert list(rows) == [f"small {way}" for way in ways]
+    assert rows["small bf16"].quality["output_error"].value < 0.01
+    for way in ("int8-product", "fastdiff-w8a8"):
+        assert rows[f"small {way}"].quality["output_error"].value < 0.02
+    for row in rows.values():
+        assert row.note or row.quality["tflops"].value > 0
 
 
 def test_gpu_suites_say_so_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
