@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
 
 import fastdiff
 from fastdiff.anatomy import anatomy, capture
@@ -18,6 +19,7 @@ from fastdiff.quantization.stored import StoredLinear, StoredWeights, rounded_ac
 from fastdiff.quantization.torchao_layers import KINDS
 from fastdiff.quantization.transforms import hadamard_rotation
 from fastdiff.quantization.w8a8 import W8A8, W8A8Linear
+from fastdiff_kernels.w8a8 import has_compiler
 
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 SMALL: dict[str, Any] = {"minimum_features": 8}
@@ -91,6 +93,26 @@ def test_rounded_activations():
     assert torch.equal(rounded_activations(rounded_activations(x, 4), 4), rounded_activations(x, 4))
     assert distance(rounded_activations(x, 8), x) < 0.01
     assert distance(rounded_activations(x, 4), x) < 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler")
+def test_a_rotated_8_bit_layer_compiles_into_one_graph():
+    plain = layer()
+    quantised = W8A8Linear(plain, smooth=torch.rand(64) + 0.5, rotation=hadamard_rotation(64))
+    graphs = []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return compile_fx(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(quantised, fullgraph=True, backend=counted)
+    with torch.no_grad():
+        for seed in range(2):
+            x = torch.randn(9, 64, generator=torch.Generator().manual_seed(seed))
+            assert distance(compiled(x), quantised(x)) < 2e-3
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("rotate", ["none", "hadamard", "found"])

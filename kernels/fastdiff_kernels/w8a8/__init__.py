@@ -79,7 +79,8 @@ def best_path(device: str) -> str:
     """The fastest path for a kind of device: Triton on CUDA, else fused where there is a C++ compiler."""
     if device == "cuda":
         return "triton"
-    return "compiled" if has_compiler() else "eager"
+    # whoever traces has a compiler, and a look for one would break the graph
+    return "compiled" if torch.compiler.is_compiling() or has_compiler() else "eager"
 
 
 @functools.cache
