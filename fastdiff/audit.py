@@ -3,6 +3,7 @@
 import inspect
 import re
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,33 +189,58 @@ def _rows(pipe: Any) -> list[AuditRow]:
 
 def _silent(pipe: Any) -> list[str]:
     """What diffusers' own caches would do wrong on this model, most without saying so."""
+    from fastdiff.anatomy import anatomy
+
+    found = [line for name, denoiser in anatomy(pipe).denoisers.items() for line in _silent_on(pipe, name, denoiser)]
+    if "strength" in inspect.signature(_public_call(pipe)).parameters:
+        found.append(
+            "diffusers' MagCache counts steps from 0: image to image begins part-way, at another step's ratios"
+        )
+    found.append("diffusers' caches keep their state when a call ends in an exception; the next picture differs")
+    return found
+
+
+def _silent_on(pipe: Any, name: str, denoiser: Any) -> Iterator[str]:
+    """The lines on one denoiser."""
     from fastdiff.anatomy import anatomy, attentions, compiled_regions, opens_cache_context, taylorseer_matches
     from fastdiff.caching.diffusers_cache import refusal
 
-    parts = anatomy(pipe)
-    found = []
-    for name, denoiser in parts.denoisers.items():
-        if not hasattr(denoiser, "enable_cache"):
-            found.append(f"the {name} has no enable_cache: diffusers' caches are not meant for a {_kind(denoiser)}")
-        if not taylorseer_matches(denoiser):
-            found.append(f"diffusers' TaylorSeer with its default patterns matches no module of the {name}: a no-op")
-        for method, called in (("first_block", "FirstBlockCache"), ("mag", "MagCache")):
-            reason = refusal(denoiser, method)
-            if reason:
-                found.append(f"diffusers' {called} on the {name}: it {reason}")
-        if parts.guidance == "separate" and attentions(denoiser):
-            found.append(f"diffusers' PAB hands one guidance branch of the {name} the attention of the other")
-        if not opens_cache_context(pipe):
-            found.append(
-                f"{_kind(pipe)} opens no cache context: diffusers' FirstBlockCache and TaylorSeer raise on the "
-                f"{name}, and MagCache mixes guidance branches"
-            )
-        if not _passes_sigma(pipe):
-            found.append(f"{_kind(pipe)} tells caches no sigma: diffusers' SeaCache on the {name} is a no-op")
-        if compiled_regions(denoiser):
-            found.append(f"diffusers' MagCache after compile_repeated_blocks leaves every block of the {name} eager")
-    found.append("diffusers' caches keep their state when a call ends in an exception; the next picture differs")
-    return found
+    guidance, meant = anatomy(pipe).guidance, hasattr(denoiser, "enable_cache")
+    if not meant:
+        yield f"the {name} has no enable_cache: diffusers' caches are not meant for a {_kind(denoiser)}"
+    if not taylorseer_matches(denoiser):
+        yield f"diffusers' TaylorSeer with its default patterns matches no module of the {name}: a no-op"
+    for method, called in (("first_block", "FirstBlockCache"), ("mag", "MagCache")):
+        reason = refusal(denoiser, method)
+        if reason:
+            yield f"diffusers' {called} on the {name}: it {reason}"
+    if guidance == "separate" and attentions(denoiser):
+        yield f"diffusers' PAB hands one guidance branch of the {name} the attention of the other"
+    if not attentions(denoiser):
+        yield f"diffusers' PAB and FasterCache know no attention of the {name}: a no-op on it"
+    if meant and guidance != "batched":
+        yield (
+            f"diffusers' FasterCache takes half of each call of the {name} for a negative branch, which is not in it; "
+            "unless is_guidance_distilled is set, it raises on one picture and mixes several"
+        )
+    if meant and not any("NucleusMoE" in type(part).__name__ for part in denoiser.modules()):
+        yield f"diffusers' TextKVCache knows the blocks of NucleusMoE alone: a no-op on the {name}"
+    if not opens_cache_context(pipe):
+        yield (
+            f"{_kind(pipe)} opens no cache context: diffusers' FirstBlockCache and TaylorSeer raise on the "
+            f"{name}, and MagCache mixes guidance branches"
+        )
+    if not _passes_sigma(pipe):
+        yield f"{_kind(pipe)} tells caches no sigma: diffusers' SeaCache on the {name} is a no-op"
+    if compiled_regions(denoiser):
+        yield f"diffusers' MagCache after compile_repeated_blocks leaves every block of the {name} eager"
+
+
+def _public_call(pipe: Any) -> Any:
+    """The pipeline's own `__call__`, whatever stands around it."""
+    from fastdiff.anatomy import public_class
+
+    return inspect.unwrap(public_class(pipe).__call__)
 
 
 def _kind(part: Any) -> str:
@@ -225,10 +251,8 @@ def _kind(part: Any) -> str:
 
 def _passes_sigma(pipe: Any) -> bool:
     """True when the pipeline's `__call__` gives `cache_context` the noise level that SeaCache needs."""
-    from fastdiff.anatomy import public_class
-
     try:
-        source = inspect.getsource(inspect.unwrap(public_class(pipe).__call__))
+        source = inspect.getsource(_public_call(pipe))
     except (OSError, TypeError):
         return False
     calls = re.findall(r"cache_context\((.*?)\):", source, flags=re.DOTALL)
