@@ -121,15 +121,19 @@ class KeyValueCache:
         extra = [tensor for tensor in (self._means, self._inputs, self._told) if tensor is not None]
         return self.keys.nbytes + self.values.nbytes + sum(tensor.nbytes for tensor in extra)
 
-    def layout(self, frames: int, rows: Sequence[int] | None = None) -> Layout:
+    def layout(self, frames: int, rows: Sequence[int] | None = None, kept: int | None = None) -> Layout:
         """Where the next ``frames`` frames of ``rows`` stand in time, and what they see.
+
+        Args:
+            kept: how many of them are to be committed; all of them if None.
 
         Raises:
             ValueError: more frames than the ring has room for, or a row that is not there.
         """
-        if frames > self.frames - self.sinks:
+        kept = frames if kept is None else kept
+        if kept > self.frames - self.sinks:
             raise ValueError(
-                f"{frames} frames at a time do not fit a cache of {self.frames} with {self.sinks} sinks; keep more "
+                f"{kept} frames at a time do not fit a cache of {self.frames} with {self.sinks} sinks; keep more "
                 "frames or make shorter chunks"
             )
         chosen = self._index(rows)

@@ -38,7 +38,8 @@ class _Pass:
     rows: Sequence[int] | None
     chunk: int | None
     text: Text | None
-    stages: bool
+    window: int | None = None
+    kept: int = 0
     offset: int = 0
     frames: int = 0
     tokens: int = 0
@@ -131,7 +132,7 @@ class CausalWan:
         """
         if chunk < 1:
             raise ValueError(f"a chunk has 1 latent frame or more, got {chunk}")
-        with self._during(_Pass(None, None, chunk, None, False, offset)):
+        with self._during(_Pass(None, None, chunk, None, offset=offset)):
             yield
 
     def __call__(
@@ -143,7 +144,8 @@ class CausalWan:
         cache: KeyValueCache | None = None,
         rows: Sequence[int] | None = None,
         chunk: int | None = None,
-        commit: bool = False,
+        window: int | None = None,
+        commit: bool | int = False,
     ) -> Tensor:
         """The velocity ``[B, C, F, h, w]`` of noisy latents, in the dtype of ``x``.
 
@@ -154,21 +156,23 @@ class CausalWan:
             cache: what earlier frames left; None for a model without past.
             rows: of the cache, one for each of the batch; all of them if None.
             chunk: frames that see each other; None for all that are given.
-            commit: write these frames into the cache once the forward has succeeded.
+            window: frames before its own chunk that a frame sees; None for all that there are.
+            commit: write these frames, or so many of the first, into the cache once the forward has succeeded.
 
         Raises:
             ValueError: shapes that do not fit each other or the cache.
         """
         self._check(x, timestep, text, cache, rows, commit)
         text.refresh(self._embed.inner)
-        now = _Pass(cache, rows, chunk, text, commit)
+        kept = x.shape[2] if commit is True else int(commit)
+        now = _Pass(cache, rows, chunk, text, window, kept)
         placeholder = x.new_zeros(len(x), 1, 1, dtype=self.dtype)
         try:
             with self._during(now):
                 out = self.transformer(x.to(self.dtype), timestep, placeholder, return_dict=False)[0]
-            if commit and cache is not None and now.layout is not None:
+            if kept and cache is not None and now.layout is not None:
                 told = timestep if timestep.dim() == 2 else timestep[:, None].expand(-1, now.frames)
-                cache.commit(now.layout, x, told)
+                cache.commit(now.layout, x[:, :, :kept], told[:, :kept])
         except BaseException:
             if cache is not None:
                 cache.discard()
@@ -199,7 +203,7 @@ class CausalWan:
         finally:
             self._now.value = before
 
-    def _check(self, x: Tensor, timestep: Tensor, text: Text, cache: Any, rows: Any, commit: bool) -> None:
+    def _check(self, x: Tensor, timestep: Tensor, text: Text, cache: Any, rows: Any, commit: int) -> None:
         if x.dim() != 5 or x.shape[1] != self.shape.channels:
             raise ValueError(f"latents are [B, {self.shape.channels}, F, h, w], got {list(x.shape)}")
         batch, frames = x.shape[0], x.shape[2]
@@ -229,7 +233,7 @@ class CausalWan:
         if now.cache is None:
             new = torch.arange(now.offset, now.offset + now.frames, device=x.device)[None]
         else:
-            now.layout = now.cache.layout(now.frames, now.rows)
+            now.layout = now.cache.layout(now.frames, now.rows, now.kept)
             new = now.layout.new
             if not now.layout.empty:
                 now.aged = rotary.in_time(self.shape, now.layout.held, dtype)
@@ -241,21 +245,36 @@ class CausalWan:
     @staticmethod
     def _mask(now: _Pass, device: torch.device) -> Tensor | None:
         """What may be seen, boolean ``[B or 1, 1, Q or 1, K]``; None when everything may."""
-        own = None
-        if now.chunk is not None and now.chunk < now.frames:
-            chunk = torch.arange(now.frames, device=device).repeat_interleave(now.tokens) // now.chunk
-            own = (chunk[:, None] >= chunk[None])[None, None]  # [1, 1, F S, F S]
-        if now.layout is None or now.layout.empty or (own is None and now.layout.seen is None):
-            return own
-        length = now.frames * now.tokens
-        if own is None:
-            own = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
-        seen = now.layout.seen
-        if seen is None:
-            seen = torch.ones_like(now.layout.held, dtype=torch.bool)
-        past = seen.repeat_interleave(now.tokens, dim=1)[:, None, None]  # [B, 1, 1, F S]
-        past = past.expand(-1, -1, own.shape[2], -1)
-        return torch.cat([past, own.expand(len(past), -1, -1, -1)], dim=-1)
+        place = torch.arange(now.frames, device=device)
+        chunk = place // (now.chunk or now.frames)
+        begins = chunk * (now.chunk or now.frames)
+        own = past = None  # [1, c, c] and [B, c or 1, F], by frame
+        if now.window is not None or (now.chunk is not None and now.chunk < now.frames):
+            own = (chunk[:, None] >= chunk)[None]
+            if now.window is not None:
+                own = own & (place >= begins[:, None] - now.window)[None]
+        layout = now.layout
+        if layout is not None and not layout.empty:
+            if now.window is not None:
+                near = layout.held[:, None] >= (layout.new[:, :1] + begins - now.window)[..., None]
+                past = near & (layout.held >= 0)[:, None]
+            elif layout.seen is not None:
+                past = layout.seen[:, None]
+            elif own is not None:
+                past = torch.ones_like(layout.held, dtype=torch.bool)[:, None]
+        if own is None and past is None:
+            return None
+        if past is None:
+            sees = own
+        else:
+            own = past.new_ones(1, 1, now.frames) if own is None else own
+            asked = max(own.shape[1], past.shape[1])
+            parts = past.expand(-1, asked, -1), own.expand(len(past), asked, -1)
+            sees = torch.cat(parts, dim=-1)
+        assert sees is not None
+        if sees.shape[1] > 1:
+            sees = sees.repeat_interleave(now.tokens, dim=1)
+        return sees.repeat_interleave(now.tokens, dim=2)[:, None]
 
     def _conditioned(self, inner: Any, timestep: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stands around the embedding of time: one timestep a frame is spread over the frame's tokens."""
@@ -298,10 +317,10 @@ class _SelfAttention(_Processor):
         assert now.turns is not None and now.space is not None and now.time is not None
         query, key, value = wan_projected(attn, hidden_states)  # [B, F S, N, D]
         query = rotary.turn(query, now.turns)
-        if now.stages and now.cache is not None:
+        if now.kept and now.cache is not None:
             place = (now.frames, now.tokens)
-            settled = rotary.turn(key.unflatten(1, place), now.space)  # [B, F, S, N, D]
-            now.cache.stage(self.layer, settled, value.unflatten(1, place))
+            first, kept = (part.unflatten(1, place)[:, : now.kept] for part in (key, value))  # [B, k, S, N, D]
+            now.cache.stage(self.layer, rotary.turn(first, now.space), kept)
         key = rotary.turn(key, now.turns)
         if now.aged is not None and now.cache is not None and now.layout is not None:
             past, past_values = now.cache.read(self.layer, now.layout)
