@@ -84,7 +84,7 @@ def generate(
 
 @app.command()
 def stream(
-    input: Annotated[Path | None, typer.Option("--input", "-i", help="A video file.")] = None,
+    input: Annotated[Path | None, typer.Option("--input", "-i", help="A video file; a video model needs none.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the video should become.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A .mp4, .mkv or .mov file.")] = None,
     json: JsonFile = None,
@@ -119,6 +119,7 @@ def stream(
     from fastdiff_app import images
     from fastdiff_app.stream import StreamJob, draw_demo
     from fastdiff_app.stream import stream as run
+    from fastdiff_app.video_models import from_noise, is_video
 
     for wrong, what in (
         (not 1 <= steps <= 50, f"--steps must be from 1 to 50, not {steps}"),
@@ -157,10 +158,13 @@ def stream(
         job, truth = draw_demo(baseline, common)
         run(job, truth)
         return
-    if input is None or prompt is None or output is None:
+    if prompt is None or output is None or (input is None and not is_video(model)):
         raise Failure(ExitCode.USAGE, "--input, --prompt and --output are needed (or --demo)")
     if not prompt.strip():
         raise Failure(ExitCode.USAGE, "the prompt is empty")
+    if input is None:
+        from_noise(StreamJob(Path(), prompt, output, **common), frames)
+        return
     run(StreamJob(input, prompt, output, json, sheet, baseline=baseline, **common))
 
 

@@ -19,7 +19,7 @@ def load_pipeline(model: str | None, task: str, lora: str | None = None, recipe:
     """A diffusers pipeline for the embedded model (None), a folder or a hub id, or `Failure`.
 
     Args:
-        task: "text-to-image" or "image-to-image".
+        task: "text-to-image" or "image-to-image"; a video model serves both.
         lora, recipe: as of `fastdiff.load`.
     """
     require_torch()
@@ -29,13 +29,17 @@ def load_pipeline(model: str | None, task: str, lora: str | None = None, recipe:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import fastdiff
+    from fastdiff_app import video_models
 
     _quieten()
+    if video_models.is_video(model):
+        task = "text-to-image"
     try:
         pipe = fastdiff.load(model, task=task, lora=lora, recipe=recipe)
     except (OSError, ValueError, KeyError, TypeError, ImportError, NotImplementedError, RuntimeError) as error:
         raise Failure(ExitCode.MODEL, f"cannot load {model or 'the embedded model'}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
+    video_models.take_student(pipe, model)
     return pipe
 
 

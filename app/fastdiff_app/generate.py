@@ -13,6 +13,7 @@ from fastdiff_app.engine import accelerated, load_pipeline, read_plan, student_c
 from fastdiff_app.failures import ExitCode, Failure, one_line
 from fastdiff_app.methods import check_finite, to_bytes
 from fastdiff_app.outputs import check_writable
+from fastdiff_app.video_models import makes_video
 
 USUAL_STEPS, USUAL_GUIDANCE = 25, 5.0
 
@@ -98,6 +99,10 @@ class Settings:
 
 def native_size(pipe: Any) -> tuple[int, int]:
     """(height, width) a pipeline was made for."""
+    if makes_video(pipe):
+        from fastdiff_pipelines.rollout.rollout import native_size as video_size
+
+        return video_size(pipe)
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     sample = getattr(getattr(denoiser, "config", None), "sample_size", None) or 64
     side = (sample if isinstance(sample, int) else sample[0]) * getattr(pipe, "vae_scale_factor", 8)

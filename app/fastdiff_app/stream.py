@@ -17,6 +17,7 @@ from fastdiff_app.methods import DiffusersLoop, Run, StreamLoop, equal_loop, to_
 from fastdiff_app.outputs import check_writable
 from fastdiff_app.record import Record, Row
 from fastdiff_app.sheet import contact_sheet
+from fastdiff_app.video_models import is_video, makes_video, open_video
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,6 +80,8 @@ def stream(job: StreamJob, demo: Demo | None = None) -> Record:
     if job.sheet:
         check_writable(job.sheet, images.SUFFIXES)
     source = video.VideoSource(job.input)
+    if job.baseline and is_video(job.model):
+        raise Failure(ExitCode.USAGE, "--baseline compares image models; fastdiff bench video compares video models")
     plan = read_plan(job.plan, job.compile)
     pipe = load_pipeline(job.model, "image-to-image")
     height, width = job.size or native_size(pipe)
@@ -123,6 +126,8 @@ def _open(pipe: Any, job: StreamJob, height: int, width: int, sequential: bool =
 
     common = {"height": height, "width": width, **job.settings()}
     try:
+        if makes_video(pipe):
+            return open_video(pipe, job.prompt, height, width, job.settings())
         if sequential:
             return SequentialStream(pipe, job.prompt, **common)
         made = Stream(pipe, job.prompt, frame_buffer=job.frame_buffer, **common)

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastdiff_app.engine import accelerated, load_pipeline, read_plan
 from fastdiff_app.generate import native_size
+from fastdiff_app.video_models import makes_video
 from fastdiff_pipelines.live import Budget, Controls, DeadlineController, IdentityStream, LiveLora, Rung, measure
 from fastdiff_pipelines.settings import Settings
 
@@ -41,6 +42,7 @@ class LiveModel:
     lora: LiveLora | None = None
     report: str = ""
     rungs: tuple[Rung, ...] = ()
+    rollout: Any = None
     _held: ExitStack = field(default_factory=ExitStack)
     _others: dict[str, Any] = field(default_factory=dict)
     _measured: dict[Any, tuple[Any, np.ndarray]] = field(default_factory=dict)
@@ -61,9 +63,13 @@ class LiveModel:
         handle = self._held.enter_context(accelerated(self.pipe, plan))
         self.report = str(handle.report())
         self.size = self.size or native_size(self.pipe)
+        if makes_video(self.pipe):
+            from fastdiff_pipelines.rollout import ChunkRollout
+
+            self.rollout = self._held.enter_context(ChunkRollout(self.pipe, height=self.size[0], width=self.size[1]))
         # a plan or a model that cannot stream says so now and not to the first viewer
         self.open()
-        if self.target_ms is not None:
+        if self.target_ms is not None and self.rollout is None:
             self.rungs = worthwhile(measure(self.ladder(), self._timed), self.interval_ms)
         return self
 
@@ -78,7 +84,28 @@ class LiveModel:
         height, width = (max(16, round(side * scale / 8) * 8) for side in self.size)
         if self.name == IDENTITY:
             return IdentityStream(height, width)
+        if self.rollout is not None:
+            return self._video(height, width)
         made = Stream(self._planned(plan), self.settings.prompt, height=height, width=width, **self.options())
+        made.warmup()
+        return made
+
+    def _video(self, height: int, width: int) -> Any:
+        """A stream of a video model; with a target it keeps up with the camera by steps and chunks."""
+        from fastdiff_pipelines.rollout import ChunkRollout, VideoStream
+        from fastdiff_pipelines.rollout.slo import SloScheduler, Target, measured_costs
+
+        assert self.rollout is not None
+        rollout = self.rollout
+        if (height, width) != (rollout.height, rollout.width):
+            rollout = ChunkRollout(self.pipe, height=height, width=width, causal=rollout.causal)
+        scheduler = None
+        if self.target_ms is not None:
+            fps = 1000 / self.interval_ms
+            steps = tuple(range(1, self.settings.steps + 1))
+            target = Target(self.target_ms, fps=fps, source_fps=fps)
+            scheduler = SloScheduler(measured_costs(rollout), target, steps=steps, chunks=(1,))
+        made = VideoStream(rollout, self.settings, scheduler)
         made.warmup()
         return made
 

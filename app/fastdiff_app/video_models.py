@@ -1,0 +1,101 @@
+"""Video models where image models are: what tells them apart, their size, and streams made of them."""
+
+from fractions import Fraction
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from fastdiff_app import video
+from fastdiff_app.console import out, progress
+from fastdiff_app.failures import ExitCode, Failure, one_line
+
+if TYPE_CHECKING:
+    from fastdiff_app.stream import StreamJob
+
+FPS = 16
+FRAMES = 97
+
+
+def is_video(model: str | None) -> bool:
+    """Whether a model makes video, as far as its name or its folder says."""
+    if model is None:
+        return False
+    index = Path(model).expanduser() / "model_index.json"
+    if index.is_file():
+        return '"Wan' in index.read_text("utf-8")
+    return "wan" in model.lower().rsplit("/", 1)[-1]
+
+
+def makes_video(pipe: Any) -> bool:
+    """Whether a loaded pipeline is one that a rollout can run."""
+    from fastdiff.anatomy_wan import wan_problem
+
+    transformer = getattr(pipe, "transformer", None)
+    return transformer is not None and not wan_problem(transformer)
+
+
+def take_student(pipe: Any, model: str | None) -> None:
+    """Give the embedded video model the few-step student it is streamed with, where one ships."""
+    if model != "mini-wan":
+        return
+    from fastdiff.miniature.wan_weights import STUDENT
+
+    if STUDENT.is_dir():
+        pipe.load_lora_weights(str(STUDENT), adapter_name="rollout")
+        pipe.fuse_lora()
+
+
+def open_video(pipe: Any, prompt: str, height: int, width: int, settings: dict[str, Any]) -> Any:
+    """A `VideoStream` over a pipeline, warm, with the settings of an image stream.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: what is not possible for video, in a line.
+    """
+    from fastdiff_pipelines.rollout import ChunkRollout, VideoStream
+    from fastdiff_pipelines.settings import Settings
+
+    stream = VideoStream(ChunkRollout(pipe, height=height, width=width), Settings(prompt, **settings))
+    stream.warmup()
+    return stream
+
+
+def from_noise(job: "StreamJob", frames: int | None) -> dict[str, float]:
+    """Video from a prompt alone into a file; gives its number of frames, first frame's wait and frames a second."""
+    from fastdiff_app.engine import accelerated, load_pipeline, read_plan
+    from fastdiff_app.outputs import check_writable
+    from fastdiff_pipelines import NotFinite
+    from fastdiff_pipelines.rollout import ChunkRollout
+    from fastdiff_pipelines.rollout.rollout import native_size
+
+    check_writable(job.output, video.SUFFIXES)
+    pipe = load_pipeline(job.model, "text-to-image")
+    height, width = job.size or native_size(pipe)
+    wanted = frames or FRAMES
+    options: dict[str, Any] = {"steps": job.steps, "seed": job.seed, "negative_prompt": job.negative}
+    if job.guidance == "full":
+        options["guidance_scale"] = job.guidance_scale
+    with accelerated(pipe, read_plan(job.plan, job.compile), job.strict):
+        try:
+            rollout = ChunkRollout(pipe, height=height, width=width, **options)
+            session = rollout.open(job.prompt, fps=FPS)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise Failure(ExitCode.USAGE, f"the rollout cannot be set up: {one_line(error)}") from error
+        began, written = perf_counter(), 0
+        with session, video.video_sink(job.output, Fraction(FPS), height, width) as write, progress() as bars:
+            bar = bars.add_task("stream", total=wanted)
+            try:
+                for chunk in session.run():
+                    for frame in chunk.frames[0][: wanted - written]:
+                        write(frame)
+                        written += 1
+                    bars.update(bar, completed=written)
+                    if written == wanted:
+                        break
+            except NotFinite as error:
+                raise Failure(ExitCode.MODEL, one_line(error)) from error
+            spent = perf_counter() - began
+        first = session.ledger.first_frame_ms or 0.0
+    found = {"frames": float(written), "first_frame_ms": first, "fps": written / spent}
+    pace = f"the first after {first:.0f} ms, {found['fps']:.1f} a second"
+    out.print(f"{written} frames of {width}x{height}, {pace}: {job.output}", markup=False)
+    return found

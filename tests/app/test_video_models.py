@@ -1,0 +1,68 @@
+"""Video models where image models are: the command line, and streams of the live page's model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastdiff.miniature import wan
+from fastdiff_app import video_models
+from fastdiff_app.failures import ExitCode
+from fastdiff_app.live.model import LiveModel
+from fastdiff_app.video import VideoSource, write_video
+from fastdiff_pipelines.rollout import VideoStream
+from fastdiff_pipelines.settings import Settings
+
+PROMPT = "a red circle moving left on a blue background"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded video model's architecture with random weights, as a user's own folder."""
+    place = tmp_path_factory.mktemp("models") / "my-video"
+    wan.untrained().save_pretrained(place)
+    return place
+
+
+def test_video_models_are_told_from_image_models(folder: Path) -> None:
+    assert video_models.is_video(str(folder)) and video_models.is_video("mini-wan")
+    assert video_models.is_video("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    assert not video_models.is_video(None) and not video_models.is_video("mini-sd")
+    assert video_models.makes_video(wan.untrained())
+
+
+def test_video_from_a_prompt_alone(program: Any, folder: Path, tmp_path: Path) -> None:
+    words = ("--model", folder, "-p", PROMPT, "--frames", 7, "--size", 32, "--steps", 2)
+    ran = program("stream", *words, "-o", "o.mp4")
+    assert ran.code == 0, ran.err
+    assert "7 frames of 32x32, the first after" in ran.out
+    assert len(list(VideoSource(tmp_path / "o.mp4").read(32, 32))) == 7
+
+
+def test_a_frame_for_a_frame_of_a_clip(program: Any, folder: Path, tmp_path: Path) -> None:
+    write_video(tmp_path / "in.mp4", np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3), dtype=np.uint8), 16)
+    words = ("--model", folder, "-i", "in.mp4", "-p", PROMPT, "--size", 32, "--steps", 2)
+    ran = program("stream", *words, "-o", "o.mp4")
+    assert ran.code == 0, ran.err
+    assert len(list(VideoSource(tmp_path / "o.mp4").read(32, 32))) == 10
+    refused = program("stream", *words, "-o", "p.mp4", "--baseline", 2)
+    assert refused.code == ExitCode.USAGE and "bench video" in refused.err
+    refused = program("stream", *words, "-o", "p.mp4", "--guidance", "self")
+    assert refused.code == ExitCode.USAGE and "none or full" in refused.err
+
+
+def test_an_image_model_still_needs_a_clip(program: Any) -> None:
+    ran = program("stream", "-p", PROMPT, "-o", "o.mp4")
+    assert ran.code == ExitCode.USAGE and "--input" in ran.err
+
+
+def test_the_live_page_serves_it_as_any_model(folder: Path) -> None:
+    settings = Settings(PROMPT, steps=2)
+    with LiveModel(str(folder), settings, plan="none", size=(32, 32), target_ms=60_000, interval_ms=1000) as model:
+        stream, small = model.open(), model.open(0.5)
+        assert isinstance(stream, VideoStream) and small.size == (16, 16)
+        assert stream.scheduler is not None and stream.scheduler.choice.steps == 2
+        made = [one for _ in range(6) for one in stream.push(np.zeros((32, 32, 3), np.uint8))] + stream.flush()
+        assert [one.image.shape for one in made] == [(32, 32, 3)] * 6
+        assert model.controller() is None and model.conditions == []
