@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -60,6 +61,7 @@ class LiveModel:
         self.pipe = load_pipeline(self.name, "image-to-image")
         if any(hasattr(one, "lora_A") for one in self.pipe.unet.modules()) if hasattr(self.pipe, "unet") else False:
             self.lora = LiveLora(self.pipe.unet)
+        self._held.enter_context(a_processor_left(self.pipe))
         handle = self._held.enter_context(accelerated(self.pipe, plan))
         self.report = str(handle.report())
         self.size = self.size or native_size(self.pipe)
@@ -176,6 +178,25 @@ class LiveModel:
         started = perf_counter()
         stream.push(frame)
         return (perf_counter() - started) * 1000
+
+
+@contextmanager
+def a_processor_left(pipe: Any) -> Iterator[None]:
+    """Let a model on the CPU have one processor fewer than there are, within the block.
+
+    Its threads wait for each other by spinning, so whatever takes a processor for a moment (a socket, a picture's
+    packing, a browser) holds all of them up, and a live model is never alone.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if getattr(getattr(pipe, "device", None), "type", "cpu") == "cpu":
+        torch.set_num_threads(min(before, max(1, there - 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def worthwhile(rungs: Sequence[Rung], interval_ms: float) -> tuple[Rung, ...]:

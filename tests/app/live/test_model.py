@@ -1,6 +1,9 @@
 """The model behind the page: its ladder keeps what brings time, and another plan has another pipeline."""
 
+import os
+
 import pytest
+import torch
 
 from fastdiff_app.live.model import LiveModel, worthwhile
 from fastdiff_pipelines.live import Rung
@@ -17,6 +20,15 @@ def test_rungs_that_give_something_up_for_nothing_are_left_out() -> None:
         Rung("no cheaper plan", {"steps": 1, "scale": 0.5, "plan": "fast"}, cost_ms=5.9),
     ]
     assert [rung.name for rung in worthwhile(rungs, 33.0)] == ["as asked", "drop", "skip", "one step", "half size"]
+
+
+@pytest.mark.usefixtures("untrained_model")
+def test_a_model_on_the_cpu_leaves_a_processor_to_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(before)), raising=False)
+    with LiveModel(None, Settings("a red circle", steps=1), plan="none"):
+        assert torch.get_num_threads() == max(1, before - 1)
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.usefixtures("untrained_model")
