@@ -1,12 +1,15 @@
 """Settings that make each acceleration act within a few steps of a tiny random model, for the contract suite."""
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
 
-from fastdiff.anatomy import anatomy
+from fastdiff.anatomy import anatomy, capture, denoiser_arguments
+from fastdiff.attention.linear import FineTune, Linear, SparseLinear
 from fastdiff.attention.order import TokenOrder
 from fastdiff.attention.sparse import SparseAttention
 from fastdiff.caching.block_residual import BlockResidual
@@ -46,6 +49,24 @@ def _tiny_decoder(pipe: Any) -> TinyDecoder:
     return TinyDecoder(tiny)
 
 
+_trained: dict[str, Path] = {}
+
+
+def _sparse_linear(pipe: Any) -> SparseLinear:
+    """Fine-tuned for one step, once a family."""
+    name = type(anatomy(pipe).denoiser).__name__ + type(pipe).__name__
+    if name not in _trained:
+        torch.manual_seed(5)
+        denoiser, args, kwargs = capture(pipe, SIZE, SIZE)
+        arguments = denoiser_arguments(denoiser, args, kwargs)
+        settings = Linear(density=0.5, query_block=4, key_block=4, minimum_tokens=8)
+        tuned = FineTune(denoiser, settings, arguments, steps=1)
+        tuned.step(arguments)
+        _trained[name] = Path(tempfile.mkdtemp()) / "sparse-linear.safetensors"
+        tuned.save(_trained[name])
+    return SparseLinear(str(_trained[name]))
+
+
 _SMALL: dict[str, Any] = dict(density=0.5, query_block=4, key_block=4, warm_up=2, refresh=3, minimum_tokens=8)
 
 # settings that make a member act within a few steps of a tiny random model; absent means its defaults
@@ -66,6 +87,7 @@ EXAMPLES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "antidiagonal": lambda pipe: SparseAttention(select="antidiagonal", far="none", **_SMALL),
         "int8": lambda pipe: SparseAttention(density=1, precision="int8", minimum_tokens=8),
     },
+    "SparseLinear": {"one step": _sparse_linear},
     "TokenOrder": {"tiles": lambda pipe: TokenOrder(2)},
     "Forecast": {
         "uniform": lambda pipe: Forecast(warm_up=2),

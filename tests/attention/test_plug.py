@@ -215,10 +215,10 @@ def test_what_asks_for_a_log_sum_exp_is_refused_and_not_given_a_plain_output():
 
     seen: list[Call] = []
     request, plug, _ = _layer(seen)
-    rows = torch.randn(3, 1, 16, 2, 8)  # [B, S, N, D], as the dispatch takes them
+    q, k, v = torch.randn(3, 1, 16, 2, 8)  # [B, S, N, D], as the dispatch takes them
     with request, Route(plug.layers[0]):
-        dispatch_attention_fn(*rows)
+        dispatch_attention_fn(q, k, v)
         assert len(seen) == 1
         with pytest.raises(ValueError, match="return_lse"):
-            dispatch_attention_fn(*rows, attention_kwargs={"return_lse": True})
+            dispatch_attention_fn(q, k, v, attention_kwargs={"return_lse": True})
     assert len(seen) == 1

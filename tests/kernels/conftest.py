@@ -11,6 +11,6 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
     # torch fills what it allocates only where algorithms are asked to be deterministic
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.set_deterministic_debug_mode(before)

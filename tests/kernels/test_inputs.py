@@ -132,8 +132,9 @@ def test_nothing_gives_nothing(path: str):
         assert antidiagonal_scores(q, k, 16, 16).shape == shape
         with pytest.raises(ValueError, match="at least one query and one key"):
             quantise(q, k, v, path=path)
-        leaves = [one.requires_grad_() for one in (q, k, v, torch.ones(16, 16, device=DEVICE))]
-        output = sparse_linear(*leaves, selection=chosen, path="triton" if path == "triton" else "gather")
+        by = torch.ones(16, 16, device=DEVICE)
+        leaves = [one.requires_grad_() for one in (q, k, v, by)]
+        output = sparse_linear(q, k, v, by, selection=chosen, path="triton" if path == "triton" else "gather")
         assert output.shape == q.shape
         assert not output.any()
         assert not any(one.any() for one in torch.autograd.grad(output.sum(), leaves))
@@ -254,8 +255,8 @@ def test_sparse_linear_attention_agrees_on_what_is_not_finite(which: int, bad: f
     assert torch.equal(found.isfinite(), finite)
     torch.testing.assert_close(found[finite], expected[finite], rtol=1e-4, atol=1e-4)
     assert finite[0, 0].all()
-    leaves = [one.clone().requires_grad_() for one in given]
-    output = sparse_linear(*leaves, projection, selection=chosen, scale=0.25, features=features, path="triton")
+    q, k, v = leaves = [one.clone().requires_grad_() for one in given]
+    output = sparse_linear(q, k, v, projection, selection=chosen, scale=0.25, features=features, path="triton")
     gradients = torch.autograd.grad(output.sum(), leaves)
     assert not all(one.isfinite().all() for one in (output, *gradients))
     assert all(one[0, 0].isfinite().all() for one in gradients)
@@ -268,11 +269,11 @@ def test_the_reference_of_sparse_linear_attention_has_the_kernels_gradients(feat
     chosen, up = some(37, 50), torch.randn(1, 2, 37, 16, device=DEVICE)
     results = []
     for path in ("reference", "triton"):
-        leaves = [one.clone().requires_grad_() for one in (*given, projection)]
+        q, k, v, by = leaves = [one.clone().requires_grad_() for one in (*given, projection)]
         if path == "reference":
-            output = sparse_linear_reference(*leaves, chosen, 0.25, features)
+            output = sparse_linear_reference(q, k, v, by, chosen, 0.25, features)
         else:
-            output = sparse_linear(*leaves, selection=chosen, scale=0.25, features=features, path=path)
+            output = sparse_linear(q, k, v, by, selection=chosen, scale=0.25, features=features, path=path)
         results.append([output, *torch.autograd.grad(output, leaves, up)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -285,8 +286,8 @@ def test_strides_do_not_matter(name: str, path: str):
     odd = [one.transpose(1, 2).contiguous().transpose(1, 2) for one in given]
     swapped = [one.mT.contiguous().mT for one in given]
     expected = OPERATIONS[name](*given, path)
-    for other in (odd, swapped):
-        found: Any = OPERATIONS[name](*other, path)
+    for q, k, v in (odd, swapped):
+        found: Any = OPERATIONS[name](q, k, v, path)
         for one in ("q", "k", "q_scale", "k_scale") if name == "quantise" else (None,):
             left, right = (getattr(x, one) if one else x for x in (found, expected))
             torch.testing.assert_close(left, right, rtol=0, atol=1e-6)
