@@ -305,6 +305,7 @@ def _made_up_inputs(pipe: Any, height: int, width: int) -> dict[str, Any]:
         "height": height,
         "width": width,
         "num_inference_steps": 4,
+        "num_frames": 9,
         "generator": torch.Generator().manual_seed(0),
         "output_type": "latent",
         "use_resolution_binning": False,

@@ -33,6 +33,7 @@ MEMBERS = {
     "GuidanceAdapter": "fastdiff.distillation.adapters",
     "PromptCache": "fastdiff.runtime.prompt_cache",
     "TiledInference": "fastdiff.runtime.tiles",
+    "FrameWindows": "fastdiff.video.windows",
     "NoiseShift": "fastdiff.sampling.noise_shift",
     "GuidanceInterval": "fastdiff.sampling.interval",
     "StepBudget": "fastdiff.sampling.steps",

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
-MODELS = ("mini-sd", "mini-dit")
-"""The models that ship: a UNet on Stable Diffusion's schedule, and a flow shaped like Stable Diffusion 3."""
+MODELS = ("mini-sd", "mini-dit", "mini-wan")
+"""The models that ship: a UNet on Stable Diffusion's schedule, a flow shaped like Stable Diffusion 3, and a video model
+shaped like Wan."""
 
 
 def path(name: str = "mini-sd") -> Path:

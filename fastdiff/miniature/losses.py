@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from . import flow, models, render, weights, world
+from . import flow, models, render, wan_student, wan_training, weights, world
 from .replica import Replica
 
 DEFAULTS = {
@@ -15,6 +15,8 @@ DEFAULTS = {
     "decoder": {"batch": 32, "learning_rate": 1.5e-3},
     "mini-sd": {"batch": 64, "learning_rate": 1.2e-3},
     "mini-dit": {"batch": 128, "learning_rate": 2e-3},
+    **wan_training.DEFAULTS,
+    "mini-wan-student": wan_student.DEFAULTS,
 }
 _POOL = 4096  # scenes drawn and encoded at a time, per process
 _SINGLES = 120_000  # images of one object each before pairs and landscapes join
@@ -154,4 +156,7 @@ BUILDERS: dict[str, Callable] = {
     "decoder": decoder,
     "mini-sd": mini_sd,
     "mini-dit": flow.mini_dit,
+    "wan-autoencoder": wan_training.autoencoder,
+    "mini-wan": wan_training.mini_wan,
+    "mini-wan-student": wan_student.mini_wan_student,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_WITH_MUON = ("mini-dit",)
+_WITH_MUON = ("mini-dit", "mini-wan")
 
 
 class Optimizers:

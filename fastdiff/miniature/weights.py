@@ -22,9 +22,10 @@ def path(name: str = "mini-sd") -> Path:
     folder = FOLDER / name
     if not (folder / "model_index.json").exists():
         known = sorted(p.parent.name for p in FOLDER.glob("*/model_index.json"))
+        first, then = ("wan-autoencoder", name) if "wan" in name else ("autoencoder", "mini-sd")
         raise FileNotFoundError(
-            f"no embedded model {name!r} (there are: {', '.join(known) or 'none'}); "
-            "train it with `python -m fastdiff.miniature.train autoencoder --images 300000`, then `mini-sd`"
+            f"no embedded model {name!r} (there are: {', '.join(known) or 'none'}); train it with "
+            f"`python -m fastdiff.miniature.train {first} --images 300000`, then `{then}`"
         )
     return folder
 
@@ -51,6 +52,10 @@ def _state(folder: Path) -> dict[str, Tensor]:
 
 def load_into(name: str, module: nn.Module) -> bool:
     """Fills a module being trained from the shipped weights; False where there are none."""
+    if "wan" in name:
+        from . import wan_weights
+
+        return wan_weights.load_into(name, module)
     folder = FOLDER / ("mini-dit" if name == "mini-dit" else "mini-sd")
     parts = {
         "mini-sd": {"text_encoder": "text_encoder", "unet": "unet"},
@@ -67,6 +72,10 @@ def load_into(name: str, module: nn.Module) -> bool:
 
 def export(name: str, state: dict[str, Tensor]) -> None:
     """Writes trained weights as float16 into the shipped folder, keeping the parts that are already there."""
+    if "wan" in name:
+        from . import wan_weights
+
+        return wan_weights.export(name, state)
     {"mini-sd": _export_text_to_image, "mini-dit": _export_flow}.get(name, _export_autoencoder)(state)
 
 

@@ -78,7 +78,9 @@ class Precision(Acceleration):
             options = self._options(module)
             now = options[0]
             chosen, said = now, "as asked"
-            if len(options) > 1:
+            if len(options) > 1 and _decodes_frames(pipe, name, module):
+                said = "not measured: it decodes frames, and not one by one"
+            elif len(options) > 1:
                 chosen, said = _measured(pipe, name, module, options)
             if chosen == now and self._is_now(module, now):
                 hooks.counter.note(f"{name}: left in {' '.join(now)} ({said})")
@@ -110,6 +112,12 @@ def _targets(pipe: Any, components: tuple[str, ...]) -> list[tuple[str, Any]]:
     if "decoder" in components and hasattr(decoder, "parameters"):
         found.append((f"{parts.vae_name}.decoder", decoder))
     return found
+
+
+def _decodes_frames(pipe: Any, name: str, module: Any) -> bool:
+    import torch
+
+    return name not in anatomy(pipe).denoisers and any(isinstance(part, torch.nn.Conv3d) for part in module.modules())
 
 
 def _short() -> str:
@@ -186,7 +194,9 @@ def _cast(value: Any, dtype: Any) -> Any:
         cast = {key: item if is_precise(str(key)) else _cast(item, dtype) for key, item in value.items()}
         return cast if type(value) is dict else type(value)(**cast)
     if isinstance(value, (list, tuple)):
-        return type(value)(_cast(item, dtype) for item in value)
+        made = [_cast(item, dtype) for item in value]
+        # a list that needs no cast stays the list it is: causal video autoencoders write their cache into one
+        return value if all(new is old for new, old in zip(made, value, strict=True)) else type(value)(made)
     return value
 
 

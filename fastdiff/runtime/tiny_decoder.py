@@ -1,5 +1,6 @@
 """A small distilled autoencoder in the place of the full one (TAESD, https://github.com/madebyollin/taesd)."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +33,8 @@ class TinyDecoder(Acceleration):
             return Verdict(False, f"{type(pipe).__name__} has no autoencoder; it works in pixels")
         if _is_tiny(parts.vae):
             return Verdict(False, "the autoencoder is a tiny one already")
+        if "num_frames" in inspect.signature(parts.vae.decode).parameters:
+            return Verdict(False, "the autoencoder decodes frames together, and a tiny one would each alone")
         if self.decoder is None:
             name, reason = _published(parts)
             return Verdict(bool(name), reason)

@@ -2,7 +2,8 @@
 
 diffusers' causal video autoencoders work through a clip in chunks and keep a cache of features between them, but drop
 it when a call ends, so that calling them chunk by chunk loses frames and leaves seams. Here the cache belongs to a
-session: what comes out is bit for bit what one call on the whole clip gives, memory does not grow with its length, and
+session: what comes out is bit for bit what one call on the whole clip gives (up to the rounding of a 1 x 1 x 1
+convolution where a backend computes it otherwise for one frame than for many), memory does not grow with length, and
 sessions on one autoencoder do not mix (the Stream-VAE of StreamDiffusionV2, https://arxiv.org/abs/2511.07399, for any
 of them).
 """
