@@ -141,7 +141,7 @@ def _print(tuned: Any, ahead: dict[str, Any], budget: Any) -> None:
         out.print(f"{result.name:<22} {1000 * result.seconds:8.1f} ms  {times}  {figures}", markup=False)
     for name, difference in ahead.items():
         out.print(f"{best.name} is ahead of {name} by {difference} dB, pair by pair", markup=False)
-    if best.name == "fewer-steps":
+    if best.name.startswith("fewer-steps"):
         out.print(f"fewer steps are best here: the plan takes {best.computed} of any more", markup=False)
     spent = f"the search took {tuned.spent:.1f} full generations for each of its prompts"
     out.print(f"{spent}, the proof {tuned.heldout:.1f} for each of the others", markup=False)

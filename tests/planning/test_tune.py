@@ -119,7 +119,8 @@ def test_what_makes_calls_cheaper_is_measured_once_and_counted(planner: Planner,
     planner._cheaper(4)
     kinds = cheaper(planner.pipe)
     assert planner._paces is not None
-    assert set(planner._paces) == set(kinds)
+    # attention of so few tokens stays as it is
+    assert set(planner._paces) == set(kinds) - {"sparse"}
     assert planner.study.spent == pytest.approx(planner._base) == pytest.approx((1 + len(kinds)) * PACE_STEPS / STEPS)
     planner._cheaper(4)
     assert planner.study.spent == pytest.approx(planner._base)
