@@ -24,8 +24,8 @@ def load(
     """Return a plain diffusers pipeline, a published few-step model with the scheduler it was made for.
 
     Args:
-        name_or_path: None or "mini-sd" for the model that ships with fastdiff, "mini-dit" for the transformer that
-            does; a folder in diffusers' format; or a hub id.
+        name_or_path: None or "mini-sd" for the model that ships with fastdiff, "mini-dit" for the transformer and
+            "mini-wan" for the video model that do; a folder in diffusers' format; or a hub id.
         task: "text-to-image" or "image-to-image".
         device: as torch names it; None takes a GPU when there is one.
         dtype: a torch dtype or its name; None takes float32 on a CPU and bfloat16 (float16 before Ampere) on a GPU.
