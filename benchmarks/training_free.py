@@ -135,7 +135,7 @@ def _tiled(
     inner.remove()
     pictures = torch.cat(made)
     row = Row.timed(f"tiles-{grid}", taken, nfe=calls)
-    row.quality["border"] = border_ratio(pictures, borders)
+    row.quality["border"] = border_ratio(pictures, borders, redraw.vae_scale_factor)
     return pictures, row
 
 
@@ -151,15 +151,17 @@ def _borders(pipe: Any, member: TiledInference, size: int) -> tuple[list[int], l
 
 
 def border_ratio(
-    pictures: Tensor, borders: Sequence[tuple[list[int], list[int]]], near: int = 6, far: int = 14
+    pictures: Tensor, borders: Sequence[tuple[list[int], list[int]]], cell: int = 4, near: int = 2, far: int = 4
 ) -> Interval:
-    """Mean gradient across lines of borders, over that across lines `near` to `far` pixels beside them.
+    """Mean gradient across lines of borders, over that across lines `near` to `far` latent cells beside them.
 
-    Neighbouring lines see much the same, so what is in the picture cancels and what a border adds is left.
+    Neighbouring lines see much the same, so what is in the picture cancels and what a border adds is left. Whole cells
+    beside, for a decoder draws steps between its cells that lines within them do not have.
 
     Args:
         pictures: [N, C, H, W].
         borders: of each picture, the rows and columns of pixels before which a tile ends.
+        cell: pixels of a latent cell.
     """
     here, there = [], []
     for picture, own in zip(pictures, borders, strict=True):
@@ -167,7 +169,7 @@ def border_ratio(
         for axis, lines in zip((-2, -1), own, strict=True):
             steps = picture.diff(dim=axis).abs().mean(dim=(0, -1 if axis == -2 else -2))  # [lines]
             for line in lines:
-                around = [line + side * away for away in range(near, far + 1) for side in (-1, 1)]
+                around = [line + side * cell * away for away in range(near, far + 1) for side in (-1, 1)]
                 at.append(steps[line - 1])
                 beside.append(steps[[one - 1 for one in around if 0 < one <= len(steps)]].mean())
         here.append(float(torch.stack(at).mean()))

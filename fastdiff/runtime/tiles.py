@@ -6,8 +6,9 @@ strips at the frame's edge to the previous step's noise; here it wraps round, so
 step, by exactly ``ceil(H / T) * ceil(W / T)`` calls. Wrapping joins opposite edges, which one sees in pictures whose
 edges differ; the moving grid spreads that over the steps.
 
-A moving grid alone still leaves its last few borders in the picture, for no later step smooths them. So at the last
-noise levels tiles see a few cells of their neighbours, which are computed and thrown away.
+A moving grid alone still leaves its last borders in the picture, for no later step smooths them. So at the last noise
+levels tiles are larger by a few cells each way: the outer half of these, where the network saw an edge, is thrown away,
+and over the inner half neighbours fade into each other.
 """
 
 import random
@@ -39,8 +40,8 @@ class TiledInference(Acceleration):
         grid: "moving" as above; "overlapping" steps by half a tile and averages (MultiDiffusion,
             https://arxiv.org/abs/2302.08113), in 2 to 4 times as many calls; "fixed" never moves and leaves seams.
         seed: of the moves, which depend on it and the timestep alone.
-        halo: latent cells around a tile of the moving grid that calls see at timesteps below ``halo_below``; twice the
-            halo must suit the denoiser as a tile does, which 4 does for all whose tiles are multiples of 8.
+        halo: latent cells by which tiles of the moving grid are larger, each way, at timesteps below ``halo_below``;
+            twice the halo must suit the denoiser as a tile does, which 4 does for all whose tiles are multiples of 8.
         halo_below: a timestep, 0 to 1000; 0 never looks beyond a tile.
     """
 
@@ -49,7 +50,7 @@ class TiledInference(Acceleration):
     grid: str = "moving"
     seed: int = 0
     halo: int = 4
-    halo_below: float = 130.0
+    halo_below: float = 100.0
 
     def __post_init__(self):
         check_number("TiledInference", "tile", self.tile, low=0, whole=True)
@@ -130,7 +131,7 @@ class _Tiles:
         sides = min(self.side, height), min(self.side, width)
         halo = self._halo(height, told), self._halo(width, told)
         seen = sides[0] + 2 * halo[0], sides[1] + 2 * halo[1]
-        inside = slice(halo[0], halo[0] + sides[0]), slice(halo[1], halo[1] + sides[1])
+        share = (_fade(sides[0], halo[0])[:, None] * _fade(sides[1], halo[1])).to(sample.device).flatten()
         total = weight = output = None
         for row in range(len(down[0])):
             for column in range(len(across[0])):
@@ -145,12 +146,13 @@ class _Tiles:
                 flat = cells.flatten(-2).expand(-1, sample.shape[1], -1)
                 output = inner(**{**given, name: sample.flatten(-2).gather(-1, flat).unflatten(-1, seen)})
                 made = output_sample(output)
-                made, cells = made[..., *inside], cells[..., *inside].flatten(-2)
+                cells = cells.flatten(-2)
                 if total is None or weight is None:
                     total = made.new_zeros(*made.shape[:2], height * width)
                     weight = made.new_zeros(len(made), 1, height * width)
-                total.scatter_add_(-1, cells.expand(-1, made.shape[1], -1), made.flatten(-2))
-                weight.scatter_add_(-1, cells, made.new_ones(cells.shape))
+                here = share.to(made.dtype).expand(len(made), 1, -1)
+                total.scatter_add_(-1, cells.expand(-1, made.shape[1], -1), made.flatten(-2) * here)
+                weight.scatter_add_(-1, cells.expand(len(made), -1, -1), here)
         assert total is not None and weight is not None
         return with_sample(output, (total / weight).unflatten(-1, (height, width)))
 
@@ -175,6 +177,15 @@ def tile_starts(settings: TiledInference, side: int, length: int, told: float, a
 
 def _is_spatial(name: str) -> bool:
     return "controlnet" in name or "additional_residual" in name or "intrablock" in name
+
+
+def _fade(side: int, halo: int) -> Tensor:
+    """How much each of a tile's ``side + 2 * halo`` lines counts: 0 at the rim, and a ramp centred on the border."""
+    thrown, ramp = halo // 2, 2 * (halo - halo // 2)
+    if not halo:
+        return torch.ones(side)
+    depth = torch.arange(side + 2 * halo) + 0.5 - thrown
+    return (torch.minimum(depth, depth.flip(0)) / ramp).clamp(0, 1)
 
 
 def _cells(top: int, left: int, sides: tuple[int, int], size: tuple[int, int]) -> Tensor:
