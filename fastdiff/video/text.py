@@ -20,14 +20,20 @@ from fastdiff.anatomy_wan import wan_text_keys
 class Text:
     """Prompt embeddings ``[B, L, E]`` with what every layer makes of them.
 
+    Args:
+        embeds: may end in zeros, which are folded.
+        padding: zero tokens that the model is to see after them besides.
+
     Attributes:
         version: how often keys and values had to be computed.
     """
 
-    def __init__(self, embeds: Tensor):
-        if embeds.dim() != 3:
-            raise ValueError(f"prompt embeddings are [B, L, E], got {list(embeds.shape)}")
-        self.embeds = embeds
+    def __init__(self, embeds: Tensor, padding: int = 0):
+        if embeds.dim() != 3 or padding < 0:
+            raise ValueError(
+                f"prompt embeddings are [B, L, E] and 0 zeros or more, got {list(embeds.shape)}, {padding}"
+            )
+        self.embeds, self.padding = embeds, padding
         self.version = 0
         self._mark: Any = None
         self._projected: Tensor | None = None
@@ -38,8 +44,10 @@ class Text:
     def joined(cls, texts: list[Text]) -> Text:
         """The rows of several prompts, one after the other; their embeddings are padded with zeros to one length."""
         longest = max(text.embeds.shape[1] for text in texts)
+        whole = max(text.embeds.shape[1] + text.padding for text in texts)
         pad = torch.nn.functional.pad
-        return cls(torch.cat([pad(text.embeds, (0, 0, 0, longest - text.embeds.shape[1])) for text in texts]))
+        embeds = torch.cat([pad(text.embeds, (0, 0, 0, longest - text.embeds.shape[1])) for text in texts])
+        return cls(embeds, whole - longest)
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -59,10 +67,10 @@ class Text:
         embeds = self.embeds
         filled = embeds.ne(0).any(-1).any(0).nonzero()
         used = int(filled[-1]) + 1 if len(filled) else 0
-        padding = embeds.shape[1] - used
+        padding = embeds.shape[1] - used + self.padding
         self._bias = None
-        if padding > 1:
-            embeds = embeds[:, : used + 1]
+        if padding > 1 or self.padding:
+            embeds = torch.nn.functional.pad(embeds[:, :used], (0, 0, 0, 1))
             self._bias = embeds.new_zeros(1, 1, 1, used + 1)
             self._bias[..., -1] = math.log(padding)
         self._projected = embed(embeds)

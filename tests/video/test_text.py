@@ -21,6 +21,18 @@ def test_folded_padding_is_the_padding() -> None:
     assert not torch.allclose(short, plain, atol=1e-3)
 
 
+def test_padding_may_be_said_instead_of_given() -> None:
+    net, x, embeds = wan(), latents(1, 2), prompts(1, length=5, padding=40)
+    with CausalWan(net) as causal:
+        given = causal(x, TIME, Text(embeds))
+        for shown in (0, 1, 7):
+            said = Text(embeds[:, : 5 + shown], 40 - shown)
+            torch.testing.assert_close(causal(x, TIME, said), given, rtol=0, atol=1e-6)
+        other = Text(prompts(1, length=9, padding=3, seed=4), 33)
+        both = causal(x.expand(2, -1, -1, -1, -1), TIME.expand(2), Text.joined([Text(embeds[:, :5], 40), other]))
+        torch.testing.assert_close(both[:1], given, rtol=0, atol=1e-5)
+
+
 def test_a_write_in_place_is_seen() -> None:
     net, x, embeds = wan(), latents(1, 2), prompts()
     with CausalWan(net) as causal:

@@ -155,14 +155,22 @@ class ChunkRollout:
         return _frames(session, session.run(controls, chunks, on_bad), isinstance(prompt, str))
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        """Embeddings of prompts, as the pipeline makes them."""
+        """Embeddings of prompts as the pipeline makes them, its padding counted and not computed."""
+        length = self._length(prompts)
         # outside of inference mode tensors count their versions, by which a `Text` knows them
         with torch.inference_mode(False), torch.no_grad():
             embeds, _ = self.pipe.encode_prompt(
-                list(prompts), do_classifier_free_guidance=False, max_sequence_length=_LONGEST_PROMPT,
-                device=self.device,
-            )  # fmt: skip
-            return Text(embeds.to(self.causal.dtype))
+                list(prompts), do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
+            )
+            return Text(embeds.to(self.causal.dtype), _LONGEST_PROMPT - embeds.shape[1])
+
+    def _length(self, prompts: Sequence[str]) -> int:
+        """Tokens to encode: those of the longest prompt with some room, as pipelines tidy prompts before they count."""
+        tokenizer = getattr(self.pipe, "tokenizer", None)
+        if tokenizer is None:
+            return _LONGEST_PROMPT
+        longest = max(len(ids) for ids in tokenizer(list(prompts)).input_ids)
+        return min(_LONGEST_PROMPT, 16 * (longest // 16 + 2))
 
     @contextmanager
     def running(self, session: RolloutSession) -> Iterator[None]:

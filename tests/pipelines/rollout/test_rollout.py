@@ -100,6 +100,20 @@ def test_prompts_change_from_the_next_chunk_on() -> None:
     assert same == [True, True, False, False, False]
 
 
+def test_prompts_are_encoded_as_the_pipeline_does_without_their_padding() -> None:
+    from fastdiff.miniature import wan
+
+    pipe = wan.untrained()
+    words = ["a big red circle moving right quickly on a plain white background", "a blue square"]
+    whole, _ = pipe.encode_prompt(words, do_classifier_free_guidance=False, max_sequence_length=512)
+    with ChunkRollout(pipe, height=32, width=32) as model:
+        text = model.encode(words)
+    shown = text.embeds.shape[1]
+    assert shown + text.padding == 512 and shown <= 48
+    torch.testing.assert_close(text.embeds, whole[:, :shown], rtol=0, atol=1e-5)
+    assert not whole[:, shown:].any()
+
+
 def test_accelerations_hold_inside_a_rollout() -> None:
     from fastdiff.miniature import wan
 

@@ -107,3 +107,24 @@ def test_a_machine_that_slows_down_keeps_its_deadline_again_within_a_second_and_
 def test_impossible_numbers_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_costs_of_a_real_rollout_and_a_stream_that_goes_by_them() -> None:
+    from fastdiff_pipelines.rollout import VideoStream
+    from fastdiff_pipelines.rollout.slo import measured_costs
+    from fastdiff_pipelines.settings import Settings
+    from tests.pipelines.rollout.tiny import rollout, video
+
+    with rollout() as model:
+        ticks = iter(range(10**6))
+        costs = measured_costs(model, clock=lambda: 0.004 * next(ticks))
+        assert costs.call == pytest.approx(4) and costs.row == pytest.approx(0, abs=1e-9)
+        assert costs.context == pytest.approx(4) and costs.codec > 0
+        # a machine on which no chunk is ever in time: the stream goes down to one step and loses no frame
+        scheduler = SloScheduler(Costs(call=1e-6, row=0), Target(fps=16), hold_s=0.0, chunks=(1,))
+        stream = VideoStream(model, Settings("a red circle", steps=4), scheduler)
+        assert scheduler.choice.steps == 4
+        scheduler.target = Target(first_frame_ms=1, fps=1e6)
+        made = [one for frame in video(29) for one in stream.push(frame)] + stream.flush()
+    assert [one.frame_id for one in made] == list(range(29)) and scheduler.choice.steps == 1
+    assert stream._session.settings.steps == 1
