@@ -74,8 +74,9 @@ def _rows(runs: dict[str, list[Run]], shots: list[Demo]) -> Iterator[Row]:
         row.quality = {key: mean_interval(values) for key, values in right.items()}
         mean = np.stack(list(right.values())).mean(0)
         row.quality["attribute"] = mean_interval(mean)
-        plain = mean if plain is None else plain
-        row.quality["attribute_difference"] = paired_difference(mean, plain)
+        first = mean if plain is None else plain
+        plain = first
+        row.quality["attribute_difference"] = paired_difference(mean, first)
         row.note = f"{1000 / row.ms_median:.1f} frames a second" if row.ms_median else ""
         yield row
 

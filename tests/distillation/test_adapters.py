@@ -74,7 +74,8 @@ def test_new_adapters_change_nothing_at_any_scale(name: str):
         assert torch.equal(made, before)
     assert list(guided.parameters()) == list(adapters.parameters())
     with torch.no_grad():
-        next(iter(adapters.layers.values())).out.weight.normal_()
+        layer: Any = next(iter(adapters.layers.values()))
+        layer.out.weight.normal_()
     scales = [guided(x, guidance_scale=torch.full((2,), s), **given, return_dict=False)[0] for s in (1.0, 7.5)]
     assert not torch.equal(scales[0], before)
     assert not torch.equal(*scales)

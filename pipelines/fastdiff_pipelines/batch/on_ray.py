@@ -80,7 +80,7 @@ def run_on_ray(
         context.enable_progress_bars = False
         on_gpu = job.settings.devices[0] != "cpu"
         # Ray shows each actor its own GPU as the only one
-        options = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
+        options: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
         batch = job.settings.batch
         blocks = max(1, min(-(-len(names) // batch), 4 * job.settings.workers))
         results = ray.data.from_items([{"id": name} for name in names], override_num_blocks=blocks).map_batches(
