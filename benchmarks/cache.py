@@ -41,7 +41,7 @@ from fastdiff.miniature import detector, world
 from fastdiff.plan import Plan
 from fastdiff.planning.candidates import forecast_of, static_forecast
 from fastdiff.planning.measure import Workload
-from fastdiff.planning.provenance import model_fingerprint
+from fastdiff.planning.provenance import model_fingerprint, sampled_weights
 from fastdiff.planning.search import Infeasible, uniform
 from fastdiff.planning.tune import Planner, Tuned
 from fastdiff.quality import (
@@ -63,7 +63,8 @@ GUIDANCE = 5.0
 SEEDS = {"calibration": 5_000_011, "heldout": 6_000_011, "test": 7_000_003}  # far from those of any training run
 TIMED, FULL = 128, 1024
 DRAWN_ON = ("baseline", "fewer-steps-3x", "fastdiff-planned-3x")
-SOURCES = ("fastdiff/caching/*.py", "fastdiff/planning/*.py", "benchmarks/cache.py", "benchmarks/peers/*.py")
+_PARTS = ("caching", "planning", "quantization", "attention", "runtime")
+SOURCES = (*(f"fastdiff/{part}/*.py" for part in _PARTS), "benchmarks/cache.py", "benchmarks/peers/*.py")
 
 
 @dataclass
@@ -170,7 +171,8 @@ def run(
     pipe = pipe or load_pipeline(None, "text-to-image")
     prompts = prompts or TIMED
     record, own, ended = Record("cache"), pipe.scheduler, False
-    settings = (model_fingerprint(pipe), STEPS, GUIDANCE, SEEDS, prompts, batch, searched, peers, torch.__version__)
+    model = model_fingerprint(pipe), sampled_weights(pipe)
+    settings = (model, STEPS, GUIDANCE, SEEDS, prompts, batch, searched, peers, torch.__version__)
     key = kept.digest(*settings, sources=SOURCES)
     stages: dict[str, Stage] = {}
     for sampler in samplers:

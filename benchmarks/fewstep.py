@@ -12,10 +12,10 @@ Rows for `mini-sd`, and the same ending in `-dit` for `mini-dit`:
 `attribute_difference` that to `teacher-25`, paired by prompt and noise. `mmd2` is to renders of the captions, and
 `mmd2_difference` to `teacher-4` paired by caption. `diversity` is the spread of place, area and colour over many
 pictures of one caption, over the spread the world itself has for it: 1 is a perfect sampler. `nfe` counts conditional
-and unconditional rows. Intervals are 95 %.
+and unconditional rows. Contenders take turns batch by batch. Intervals are 95 %.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -107,37 +107,54 @@ def _model(model: str, scenes: list[world.Scene], truth: torch.Tensor, known: li
     except LoadError as error:
         return [could_not_run(one.name, error) for one in contenders(model)]
     pipe.set_progress_bar_config(disable=True)
-    rows: list[Row] = []
-    found: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
-    teacher, control, *_ = (one.name for one in contenders(model))
+    captions = [world.caption(scene) for scene in scenes]
+    ready, failed = [], {}
     for one in contenders(model):
-        try:
-            with fastdiff.accelerate(pipe, [one.member] if one.member else []):
-                row, scores, seen = _row(pipe, one, scenes, known, batch)
+        try:  # once for nothing: first calls pay for what later ones find ready
+            with _engaged(pipe, one):
+                _draw(pipe, captions[:batch], one, SEED, batch)
+            ready.append(one)
         except (fastdiff.Unsupported, FileNotFoundError) as error:
-            rows.append(could_not_run(one.name, error))
+            failed[one.name] = could_not_run(one.name, error)
+    drawn = _in_turns(pipe, ready, captions, batch)
+    teacher, control, *_ = (one.name for one in contenders(model))
+    seen = {name: features(_stack(pictures)) for name, (pictures, _) in drawn.items()}
+    reads = {name: detector.score(pictures, scenes) for name, (pictures, _) in drawn.items()}
+    scores = {name: np.stack([read[part] for part in NAMES]).mean(0) for name, read in reads.items()}
+    rows: list[Row] = []
+    for one in contenders(model):
+        if one.name in failed:
+            rows.append(failed[one.name])
             continue
-        found[one.name] = scores, seen
-        row.quality["attribute_difference"] = paired_difference(scores, found[teacher][0])
-        row.quality["mmd2"] = mmd2(seen, truth)
-        if control in found and one.name != control:
-            row.quality["mmd2_difference"] = mmd2_difference(seen, found[control][1], truth)
-            row.quality["attribute_to_control"] = paired_difference(scores, found[control][0])
+        row = Row.timed(one.name, drawn[one.name][1], nfe=one.nfe)
+        row.quality = {part: mean_interval(reads[one.name][part]) for part in NAMES}
+        row.quality["attribute"] = mean_interval(scores[one.name])
+        row.quality["attribute_difference"] = paired_difference(scores[one.name], scores[teacher])
+        row.quality["mmd2"] = mmd2(seen[one.name], truth)
+        if one.name != control:
+            row.quality["mmd2_difference"] = mmd2_difference(seen[one.name], seen[control], truth)
+            row.quality["attribute_to_control"] = paired_difference(scores[one.name], scores[control])
+        row.quality["diversity"] = _diversity(pipe, one, known, batch)
         rows.append(row)
     return rows
 
 
-def _row(pipe: Any, one: Contender, scenes: list[world.Scene], known: list, batch: int) -> tuple:
-    """The row of a contender, its mean attribute score for each scene, and the features of its pictures."""
-    captions = [world.caption(scene) for scene in scenes]
-    _draw(pipe, captions[:batch], one, SEED, batch)  # once for nothing: first calls pay for what later ones find ready
-    made, taken = _draw(pipe, captions, one, SEED, batch)
-    read = detector.score(made, scenes)
-    scores = np.stack([read[name] for name in NAMES]).mean(0)
-    row = Row.timed(one.name, taken, nfe=one.nfe, quality={name: mean_interval(read[name]) for name in NAMES})
-    row.quality["attribute"] = mean_interval(scores)
-    row.quality["diversity"] = _diversity(lambda words, seed: _draw(pipe, words, one, seed, batch)[0], known)
-    return row, scores, features(_stack(made))
+def _engaged(pipe: Any, one: Contender) -> Any:
+    return fastdiff.accelerate(pipe, [one.member] if one.member else [])
+
+
+def _in_turns(
+    pipe: Any, ready: list[Contender], captions: list[str], batch: int
+) -> dict[str, tuple[list[np.ndarray], list[float]]]:
+    """Pictures of every contender and milliseconds for each; they take turns batch by batch."""
+    drawn: dict[str, tuple[list[np.ndarray], list[float]]] = {one.name: ([], []) for one in ready}
+    for start in range(0, len(captions), batch):
+        for one in ready:
+            with _engaged(pipe, one):
+                pictures, taken = _draw(pipe, captions[start : start + batch], one, SEED + start, batch)
+            drawn[one.name][0].extend(pictures)
+            drawn[one.name][1].extend(taken)
+    return drawn
 
 
 def _draw(
@@ -180,12 +197,14 @@ def _spread(measured: Sequence[np.ndarray]) -> np.ndarray:
     return high - low
 
 
-def _diversity(draw: Callable[[list[str], int], list[np.ndarray]], known: list[tuple[str, np.ndarray]]) -> Interval:
+def _diversity(pipe: Any, one: Contender, known: list[tuple[str, np.ndarray]], batch: int) -> Interval:
     """Mean over captions and quantities of the spread over the world's; resampled by caption."""
     ratios = []
-    for number, (caption, spread) in enumerate(known):
-        measured = [detector.measure(picture) for picture in draw([caption] * EACH, SEED + 1000 * (number + 1))]
-        ratios.append(float(np.nanmean(_spread(measured) / spread)))
+    with _engaged(pipe, one):
+        for number, (caption, spread) in enumerate(known):
+            pictures, _ = _draw(pipe, [caption] * EACH, one, SEED + 1000 * (number + 1), batch)
+            measured = [detector.measure(picture) for picture in pictures]
+            ratios.append(float(np.nanmean(_spread(measured) / spread)))
     return mean_interval(np.array(ratios))
 
 

@@ -203,9 +203,10 @@ def in_browser(name: str, model: LiveModel, seconds: float, delay_s: float = 0.0
         figures |= _exact(line_alone_ms_p50=median(line), line_alone_ms_p95=percentile(line, 95))
     assert model.size is not None
     since = "the camera's own time" if known else "the page's having the frame"
+    work = f"a pause of {SERVICE_MS:g} ms for a model" if isinstance(model, _WaitingModel) else "no model"
     stages = {stage: spread["p50"] for stage, spread in summary["stages_ms"].items() if spread["p50"] >= 0.5}
     note = (
-        f"{model.size[0]} pixels, {len(ages)} frames in {took:.0f} s, ids rose; age since {since}; "
+        f"{work}, {model.size[0]} pixels, {len(ages)} frames in {took:.0f} s, ids rose; age since {since}; "
         f"stages in ms at p50: {', '.join(f'{stage} {value:.1f}' for stage, value in stages.items())}"
     )
     return Row(name, quality=figures, note=note)
@@ -338,9 +339,11 @@ def deadline() -> Row:
         finally:
             slowed.remove()
     assert controller is not None
+    frames = session.ledger.summary()["frames"]
     times = [decision.at for decision in controller.decisions]
     gaps = [b - a for a, b in itertools.pairwise(times)]
-    figures = _exact(miss_share=late / max(1, judged), frames=float(judged), changes=float(len(times)),
+    figures = _exact(miss_share_of_shown=late / max(1, judged), judged=float(judged),
+                     dropped_share=1 - frames["shown"] / frames["in"], changes=float(len(times)),
                      least_s_between=min(gaps, default=float("inf")) if gaps else 0.0)  # fmt: skip
     note = (
         f"target {model.target_ms:.0f} ms, camera {1000 / model.interval_ms:.1f} fps; ended at {controller.rung.name}"

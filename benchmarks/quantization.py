@@ -13,7 +13,6 @@ it is, same seeds, 20 steps; `bytes` are those of the weights. They make nothing
 """
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 import fastdiff
-from benchmarks.peers.environments import python_of
+from benchmarks.peers.child import Child
 from benchmarks.record import Record, Row, could_not_run
 from fastdiff.acceleration import Acceleration
 from fastdiff.miniature import world
@@ -96,31 +95,22 @@ def run(full: bool = False, prompts: int = 0, pipe: Any = None, layers: dict[str
     return record.finish()
 
 
-def _peer(stack: ExitStack) -> Any:
+def _peer(stack: ExitStack) -> Child | FileNotFoundError:
     """The process that runs torchao, or why there is none."""
     try:
-        python = python_of("torchao")
+        peer = stack.enter_context(Child("torchao", WORKER))
     except FileNotFoundError as missing:
         return missing
-    command = [str(python), str(WORKER), str(torch.get_num_threads())]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    stack.callback(process.wait)
-    stack.callback(process.stdin.close)  # type: ignore[union-attr]
-    return process
+    peer.start(str(torch.get_num_threads()))
+    return peer
 
 
-def _ask(peer: Any, **asked: Any) -> dict[str, Any]:
-    peer.stdin.write(json.dumps(asked) + "\n")
-    peer.stdin.flush()
-    answer = peer.stdout.readline()
-    if not answer:
-        raise ChildProcessError("torchao's process ended; its environment may be damaged: make peers")
-    return json.loads(answer)
+def _ask(peer: Child, **asked: Any) -> dict[str, Any]:
+    peer.ask(json.dumps(asked).encode() + b"\n")
+    return json.loads(peer.line())
 
 
-def _timed(suffix: str, shape: tuple[int, int, int], peer: Any) -> list[Row]:
+def _timed(suffix: str, shape: tuple[int, int, int], peer: Child | FileNotFoundError) -> list[Row]:
     tokens, inputs, outputs = shape
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
@@ -143,8 +133,8 @@ def _timed(suffix: str, shape: tuple[int, int, int], peer: Any) -> list[Row]:
         for name, module in made.items():
             quality[name] = _figures((module(short).float() - truth).norm() / truth.norm(), held_bytes([module]))
             module(short)
-        failed: BaseException | None = peer if isinstance(peer, BaseException) else None
-        if failed is None:
+        failed: Exception | None = None if isinstance(peer, Child) else peer
+        if isinstance(peer, Child):
             try:
                 about = _ask(peer, tokens=tokens, inputs=inputs, outputs=outputs)
                 quality["torchao-int8"] = _figures(about["error"], about["bytes"])
@@ -157,8 +147,12 @@ def _timed(suffix: str, shape: tuple[int, int, int], peer: Any) -> list[Row]:
                     start = perf_counter()
                     module(short)
                     taken[name].append(1000 * (perf_counter() - start))
-            if failed is None:
-                taken["torchao-int8"] += _ask(peer, runs=RUNS)["ms"]
+            if isinstance(peer, Child) and failed is None:
+                try:
+                    taken["torchao-int8"] += _ask(peer, runs=RUNS)["ms"]
+                except (ChildProcessError, OSError) as error:
+                    failed = error
+                    del taken["torchao-int8"]
     rows = [Row.timed(name + suffix, times, quality=quality[name]) for name, times in taken.items()]
     first = rows[0].ms_median
     for row in rows:

@@ -16,6 +16,7 @@ PLOTS = {
     "parallel": "quality against bytes received",
     "attention": "quality and speed against the share of key blocks left out",
 }
+SAID = "not reachable"  # notes that stand in for the figures a row does not have
 FOLDED = 14  # rows above which a table is folded away
 ATTRIBUTES = ("background", "colour", "position", "shape", "size")
 
@@ -38,7 +39,9 @@ def markdown(record: Record, columns: tuple[str, ...], ratio: str = "times faste
     for row in record.rows:
         timing = "" if row.ms_median is None else number(row.ms_median)
         faster = "" if row.ratio is None else f"{row.ratio:.2f}"
-        if row.ms_median is None and not row.quality:
+        if not row.quality and row.note.startswith(SAID):
+            faster = f"{faster} ({row.note})" if faster else row.note
+        elif row.ms_median is None and not row.quality:
             faster = row.note
         lines.append("| " + " | ".join([row.method, timing, faster, *(_cell(row, name) for name in columns)]) + " |")
     machine = record.machine
@@ -69,12 +72,12 @@ def _section(name: str) -> str:
         "attention": ("psnr", "over_plain", "relative_l1", "layer_l1", "attribute", "density"),
         "fewstep": ("nfe", "attribute", "attribute_difference", "attribute_to_control", "mmd2", "diversity"),
         "cache": ("nfe", "psnr", "psnr_p10", "planned_ahead", "ssim", "attribute_drop"),
-        "tune": ("nfe", "psnr", "psnr_off", "ms_times", "search_generations", "proof_generations"),
+        "tune": ("nfe", "psnr", "psnr_off", "ms_times", "speed_times", "search_generations", "proof_generations"),
         "parallel": ("psnr", "max_abs_difference", "bytes", "position", "bytes_ratio", "released_ratio"),
         "quantization": ("output_error", "weight_error", "psnr", "bytes"),
         "live": (),
         "training_free": ("nfe", "border", "attribute", "rows_per_frame", "place_error", "gain", "psnr"),
-        "batch": ("max_abs_difference", "lost", "duplicated", "different", "redone"),
+        "batch": ("max_abs_difference", "times_undisturbed", "lost", "duplicated", "different", "redone"),
     }
     found = sorted(RESULTS.glob(f"{name}.json")) or sorted(RESULTS.glob(f"{name}-*.json"))
     if not found:

@@ -18,7 +18,8 @@ Rows:
     steps-N, fitted-N: N steps of the scheduler's own, and of a schedule fitted on other prompts where it was better;
         `psnr` is to 40 steps, `gain_db` what the fitted one gained.
 
-Intervals are 95 %; `ms_median` is one picture or frame, in batches where the method allows.
+Intervals are 95 %; `ms_median` is one picture or frame, in batches where the method allows; the methods of a
+comparison take turns, picture by picture, frame by frame or batch by batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ from fastdiff_pipelines.frames import Codec
 NAMES = ("background", "colour", "position", "shape", "size")
 STEPS, GUIDANCE = 25, 5.0
 SEED = 5_000_011
+_STREAM: dict[str, Any] = {"steps": 4, "strength": 0.5, "height": 64, "width": 64}
 INTERVALS = ((0.2, 0.85), (0.0, 0.85), (0.35, 1.0), (0.5, 1.0))
 
 
@@ -84,43 +86,42 @@ def measure_tiles(pictures: int, large: int = 2, seams: int = 0, steps: int = ST
     small, _ = _drawn(pipe, scenes, steps=steps)
     rows = [Row("native", quality={"attribute": mean_interval(_attribute(small, scenes))})]
     redraw = _image_to_image(pipe)
-    grids = {"overlapping": pictures, "moving": seams, "fixed": pictures}
-    found = {grid: _tiled(redraw, scenes[:count], small[:count], 2, grid, steps) for grid, count in grids.items()}
-    first, first_row = found["overlapping"][0], found["overlapping"][1]
-    assert first_row.ms_median is not None
+    found = _tiled(redraw, scenes, small, 2, {"overlapping": pictures, "moving": seams, "fixed": pictures}, steps)
+    first = _attribute(found["overlapping"][0], scenes[:pictures])
     for made, row in found.values():
         attribute = _attribute(made[:pictures], scenes[:pictures])
         row.quality["attribute"] = mean_interval(attribute)
-        row.quality["attribute_difference"] = paired_difference(attribute, _attribute(first, scenes[:pictures]))
-        assert row.ms_median is not None
-        row.ratio = first_row.ms_median / row.ms_median
-        rows.append(row)
-    grown = {grid: _tiled(redraw, scenes[:large], small[:large], 4, grid, steps)[1] for grid in list(grids)[:2]}
-    for grid, row in grown.items():
-        row.method = f"tiles-{grid}-large"
-        assert row.ms_median is not None and grown["overlapping"].ms_median is not None
-        row.ratio = grown["overlapping"].ms_median / row.ms_median
-    return rows + list(grown.values())
+        row.quality["attribute_difference"] = paired_difference(attribute, first)
+    grown = _tiled(redraw, scenes, small, 4, {"overlapping": large, "moving": large}, steps)
+    for _, row in grown.values():
+        row.method += "-large"
+    return rows + [row for some in (found, grown) for _, row in some.values()]
 
 
 def _tiled(
-    redraw: Any, scenes: list[world.Scene], small: Tensor, times: int, grid: str, steps: int
-) -> tuple[Tensor, Row]:
-    """Enlarged pictures [N, 3, H, W] and their row; one picture a call, as a user with little memory has it."""
+    redraw: Any, scenes: list[world.Scene], small: Tensor, times: int, grids: dict[str, int], steps: int
+) -> dict[str, tuple[Tensor, Row]]:
+    """Enlarged pictures [N, 3, H, W] of each grid and its row; one picture a call, as a user with little memory has it.
+
+    The grids take turns picture by picture, and times are of the pictures that all of them make.
+    """
     size = small.shape[-1] * times
     enlarged = torch.nn.functional.interpolate(small, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    made, borders, taken, calls = [], [], [], 0
+    made: dict[str, list[Tensor]] = {grid: [] for grid in grids}
+    borders: dict[str, list[tuple[list[int], list[int]]]] = {grid: [] for grid in grids}
+    taken: dict[str, list[float]] = {grid: [] for grid in grids}
+    calls: dict[str, int] = {}
     counted: list[int] = []
     inner = redraw.unet.conv_in.register_forward_pre_hook(lambda module, args: counted.append(1))
-    for place, scene in enumerate(scenes):
-        # a seed of its own for every picture: borders at the same places in all would measure what is there in them
-        member = TiledInference(grid=grid, seed=place)
-        with fastdiff.accelerate(redraw, member):
-            counted.clear()
-            start = perf_counter()
-            made.append(
-                redraw(
-                    world.caption(scene),
+    for place in range(max(grids.values())):
+        for grid in (grid for grid, count in grids.items() if place < count):
+            # a seed of its own for every picture: borders at the same places in all would measure what is in them
+            member = TiledInference(grid=grid, seed=place)
+            with fastdiff.accelerate(redraw, member):
+                counted.clear()
+                start = perf_counter()
+                picture = redraw(
+                    world.caption(scenes[place]),
                     image=enlarged[place : place + 1],
                     strength=0.5,
                     num_inference_steps=steps,
@@ -128,15 +129,26 @@ def _tiled(
                     generator=torch.Generator().manual_seed(SEED + place),
                     output_type="pt",
                 ).images
-            )
-            taken.append((perf_counter() - start) * 1000)
-            calls = len(counted)
-        borders.append(_borders(redraw, member, size))
+                milliseconds = (perf_counter() - start) * 1000
+            calls[grid] = len(counted)
+            made[grid].append(picture)
+            borders[grid].append(_borders(redraw, member, size))
+            if place < min(grids.values()):
+                taken[grid].append(milliseconds)
     inner.remove()
-    pictures = torch.cat(made)
-    row = Row.timed(f"tiles-{grid}", taken, nfe=calls)
-    row.quality["border"] = border_ratio(pictures, borders, redraw.vae_scale_factor)
-    return pictures, row
+    found = {}
+    for grid in grids:
+        row = Row.timed(f"tiles-{grid}", taken[grid], nfe=calls[grid])
+        pictures = torch.cat(made[grid])
+        row.quality["border"] = border_ratio(pictures, borders[grid], redraw.vae_scale_factor)
+        found[grid] = pictures, row
+    _against_first([row for _, row in found.values()])
+    return found
+
+
+def _against_first(rows: list[Row]) -> None:
+    for row in rows:
+        row.ratio = rows[0].ms_median / row.ms_median if rows[0].ms_median and row.ms_median else None
 
 
 def _borders(pipe: Any, member: TiledInference, size: int) -> tuple[list[int], list[int]]:
@@ -217,17 +229,13 @@ def measure_warm_start(clips: int, frames: int = 24, pipe: Any = None) -> list[R
     }
     rows = []
     for ending, films in (("", [list(shot.frames) for shot in shots]), ("-still", [_halted(shot) for shot in shots])):
-        cold: Tensor | None = None
-        for name, warm in ways.items():
-            made, row = _streamed(pipe, shots, films, warm)
-            cold = made if cold is None else cold
-            row.method = name + ending
+        found = _streamed(pipe, shots, films, ways)
+        cold = found[0][0]
+        for made, row in found:
+            row.method += ending
             row.quality["psnr"] = mean_interval(psnr(made, cold).clamp(max=100).numpy())
-            if rows and ending == "" and rows[0].ms_median and row.ms_median:
-                row.ratio = rows[0].ms_median / row.ms_median
-            rows.append(row)
-    for row in rows[len(ways) :]:
-        row.ratio = rows[len(ways)].ms_median / row.ms_median
+        _against_first([row for _, row in found])
+        rows += [row for _, row in found]
     return rows
 
 
@@ -238,32 +246,37 @@ def _halted(shot: Demo) -> list[np.ndarray]:
 
 
 def _streamed(
-    pipe: Any, shots: list[Demo], films: list[list[np.ndarray]], warm: WarmStart | None
-) -> tuple[Tensor, Row]:
-    taken: list[float] = []
-    pixels, rows, frames, right, places = [], 0, 0, [], []
+    pipe: Any, shots: list[Demo], films: list[list[np.ndarray]], ways: dict[str, WarmStart | None]
+) -> list[tuple[Tensor, Row]]:
+    """Pictures [N, 3, H, W] and row of each way; the ways take turns frame by frame."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    made: dict[str, list[Any]] = {name: [] for name in ways}
+    computed = dict.fromkeys(ways, 0)
     for shot, film in zip(shots, films, strict=True):
-        stream = Stream(pipe, shot.prompt, steps=4, strength=0.5, height=64, width=64, warm_start=warm)
-        stream.warmup()
-        outputs: list[Any] = []
+        streams = {name: Stream(pipe, shot.prompt, **_STREAM, warm_start=warm) for name, warm in ways.items()}
+        for stream in streams.values():
+            stream.warmup()
         for frame in film:
-            start = perf_counter()
-            outputs += stream.push(frame)
-            taken.append((perf_counter() - start) * 1000)
-        outputs += stream.flush()
-        pixels += [output.pixels for output in outputs]
-        rows, frames = rows + stream.report().rows_computed, frames + len(film)
-        truths = [shot.truths[_shown(shot, image)] for image in film]
+            for name, stream in streams.items():
+                start = perf_counter()
+                made[name] += stream.push(frame)
+                taken[name].append((perf_counter() - start) * 1000)
+        for name, stream in streams.items():
+            made[name] += stream.flush()
+            computed[name] += stream.report().rows_computed
+    truths = [shot.truths[_shown(shot, image)] for shot, film in zip(shots, films, strict=True) for image in film]
+    found = []
+    for name, outputs in made.items():
+        row = Row.timed(name, taken[name], nfe=round(computed[name] / len(truths)))
+        row.quality["rows_per_frame"] = Interval.exact(computed[name] / len(truths), len(truths))
         pictures = [output.image for output in outputs]
-        right.append(attributes(pictures, truths))
+        right = attributes(pictures, truths)
+        row.quality |= {one: mean_interval(right[one]) for one in NAMES if one != "position"}
         # finer than the word for a place, which flips half-way between two
-        places += [_away(picture, truth) for picture, truth in zip(pictures, truths, strict=True)]
-    row = Row.timed("", taken, nfe=round(rows / frames))
-    row.quality["rows_per_frame"] = Interval.exact(rows / frames, frames)
-    names = [name for name in NAMES if name != "position"]
-    row.quality |= {name: mean_interval(np.concatenate([one[name] for one in right])) for name in names}
-    row.quality["place_error"] = mean_interval(places)
-    return torch.stack(pixels).cpu(), row
+        places = [_away(picture, truth) for picture, truth in zip(pictures, truths, strict=True)]
+        row.quality["place_error"] = mean_interval(places)
+        found.append((torch.stack([output.pixels for output in outputs]).cpu(), row))
+    return found
 
 
 def _away(picture: np.ndarray, truth: world.Scene) -> float:
@@ -280,25 +293,28 @@ def _shown(shot: Demo, image: np.ndarray) -> int:
 def measure_guidance_interval(pictures: int, pipe: Any = None) -> list[Row]:
     """Rows `guided` and `interval-LOW-HIGH`."""
     pipe = pipe or load_pipeline(None, "text-to-image")
-    scenes = _scenes(pictures)
-    _drawn(pipe, scenes[:16])  # warm caches
-    made, taken = _drawn(pipe, scenes)
-    whole = _attribute(made, scenes)
-    row = Row.timed("guided", taken, nfe=2 * STEPS, ratio=1.0)
-    row.quality["attribute"] = mean_interval(whole)
-    rows = [row]
-    for low, high in INTERVALS:
-        with fastdiff.accelerate(pipe, GuidanceInterval(low, high)) as handle:
-            made, taken = _drawn(pipe, scenes)
-            seen = handle.report().rows[0]
-        part = _attribute(made, scenes)
-        left = round(STEPS * seen.accelerated / seen.seen)
-        row = Row.timed(f"interval-{low:g}-{high:g}", taken, nfe=2 * STEPS - left)
-        assert row.ms_median and rows[0].ms_median
-        row.ratio = rows[0].ms_median / row.ms_median
-        row.quality["attribute"] = mean_interval(part)
-        row.quality["attribute_difference"] = paired_difference(part, whole)
+    scenes, batch = _scenes(pictures), 16
+    _drawn(pipe, scenes[:batch])  # warm caches
+    ways: dict[str, Any] = {"guided": []}
+    ways |= {f"interval-{low:g}-{high:g}": GuidanceInterval(low, high) for low, high in INTERVALS}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    made: dict[str, list[Tensor]] = {name: [] for name in ways}
+    spared = dict.fromkeys(ways, 0)
+    for first in range(0, pictures, batch):
+        for name, member in ways.items():
+            with fastdiff.accelerate(pipe, member) as handle:
+                drawn, milliseconds = _drawn(pipe, scenes[first : first + batch], seed=SEED + first)
+                spared[name] = round(sum(STEPS * row.accelerated / row.seen for row in handle.report().rows))
+            made[name].append(drawn)
+            taken[name] += milliseconds
+    right = {name: _attribute(torch.cat(drawn), scenes) for name, drawn in made.items()}
+    rows = []
+    for name in ways:
+        row = Row.timed(name, taken[name], nfe=2 * STEPS - spared[name])
+        row.quality["attribute"] = mean_interval(right[name])
+        row.quality["attribute_difference"] = paired_difference(right[name], right["guided"])
         rows.append(row)
+    _against_first(rows)
     return rows
 
 
@@ -313,8 +329,7 @@ def measure_steps(pictures: int, budgets: Sequence[int] = (4, 6, 8, 12), pipe: A
         row.quality = {"psnr": trial.psnr, "gain_db": trial.gain}
         row.note = f"timesteps {', '.join(f'{time:g}' for time in times)}" if times else "the scheduler's own timesteps"
         rows.append(row)
-    for row in rows:
-        row.ratio = rows[-1].ms_median / row.ms_median
+    _against_first(rows[::-1])
     return rows
 
 
@@ -323,12 +338,14 @@ def _scenes(count: int) -> list[world.Scene]:
     return [world.object_scene(rng) for _ in range(count)]
 
 
-def _drawn(pipe: Any, scenes: list[world.Scene], batch: int = 16, steps: int = STEPS) -> tuple[Tensor, list[float]]:
-    """Pictures [N, 3, H, W] in 0..1 at the model's own size, and milliseconds for each."""
+def _drawn(
+    pipe: Any, scenes: list[world.Scene], batch: int = 16, steps: int = STEPS, seed: int = SEED
+) -> tuple[Tensor, list[float]]:
+    """Pictures [N, 3, H, W] in 0..1 at the model's own size, and milliseconds for each; picture i has seed + i."""
     made, taken = [], []
     for first in range(0, len(scenes), batch):
         some = scenes[first : first + batch]
-        noise = [torch.Generator().manual_seed(SEED + first + row) for row in range(len(some))]
+        noise = [torch.Generator().manual_seed(seed + first + row) for row in range(len(some))]
         start = perf_counter()
         words = [world.caption(scene) for scene in some]
         pictures = pipe(

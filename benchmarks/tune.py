@@ -3,10 +3,11 @@
 The embedded model, 28 steps of DDIM, guidance 5. Rows: the baseline, then for budgets of twice and three times the
 speed the plan that `fastdiff tune` chose, and with -expected what it said of itself beforehand: median PSNR on its
 held-out prompts and milliseconds for a picture; `psnr_off` is measured less expected in dB, `ms_times` measured over
-expected latency. `search_generations` is the work of the search in full generations for
-each of its prompts, `proof_generations` that of the proof for each of its own.
+expected latency, `speed_times` the measured speed over the one that was asked for. `search_generations` is the work of
+the search in full generations for each of its prompts, `proof_generations` that of the proof for each of its own.
 """
 
+from statistics import median
 from typing import Any
 
 import torch
@@ -54,19 +55,21 @@ def run(full: bool = False, prompts: int = 0, searched: int = 16, batch: int = 1
         decibels = psnr(torch.cat(pictures[name]), reference).clamp(max=100).numpy()
         measured = Row.timed(name, taken[name], nfe=2 * found.best.computed, note=found.best.name)
         measured.quality["psnr"] = median_interval(decibels)
-        record.rows += [measured, _expected(name, found, measured)]
+        record.rows += [measured, _expected(name, found, measured, median(taken["baseline"]), speed)]
     return record.finish()
 
 
-def _expected(name: str, found: Tuned, measured: Row) -> Row:
+def _expected(name: str, found: Tuned, measured: Row, baseline_ms: float, asked: int) -> Row:
     """What the plan's file says of it, and how far off that was."""
     expected = found.best.quality["psnr"]
     row = Row(f"{name}-expected", ms_median=1000 * found.best.seconds, nfe=2 * found.best.computed)
     row.ratio = found.baseline / found.best.seconds
     assert measured.ms_median is not None
+    measured_speed = baseline_ms / measured.ms_median
     row.quality = {
         "psnr": expected,
         "psnr_off": Interval.exact(measured.quality["psnr"].value - expected.value),
+        "speed_times": Interval.exact(measured_speed / asked),
         "ms_times": Interval.exact(measured.ms_median / (1000 * found.best.seconds)),
         "search_generations": Interval.exact(found.spent),
         "proof_generations": Interval.exact(found.heldout),

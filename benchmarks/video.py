@@ -6,10 +6,12 @@ between chunks. Rows:
     whole-clip-equal: the same at our number of steps and without guidance.
     sequential: a causal rollout, one chunk at a time, each of its steps a call of its own.
     sliding-window: every chunk from the whole window anew, without a cache and without a streaming autoencoder.
-    fastdiff: `ChunkRollout` with as many chunks in flight as steps; its output is that of `sequential`.
+    fastdiff: `ChunkRollout` with as many chunks in flight as steps, each with the chunks before it as they are at that
+        step for its context, where `sequential` has finished ones.
     fastdiff-chunk-10, -100, -1000: what the detector reads from the 16 frames up to that chunk, of several prompts side
-        by side with finished frames as their context: `attribute` (mean over background, colour, shape, direction and
-        pace) and `track_error_px`; `attribute_change` is paired with chunk 10.
+        by side, at the settings that were timed: `attribute` (mean over background, colour, shape, direction and pace)
+        and `track_error_px`; `attribute_change` is paired with chunk 10. `sequential-chunk-...` are the same of the
+        sequential rollout, and `attribute_difference` is to it, paired by prompt.
 
 `first_frame_ms` counts from the call, `jitter_ms_p95` is the 95th percentile of how much neighbouring gaps between
 chunks differ, `late` the share of chunks that come after a viewer at 16 frames a second needs them, `bytes_per_chunk`
@@ -35,12 +37,16 @@ from fastdiff.quality import Interval, mean_interval, paired_difference
 from fastdiff.video.streaming_vae import StreamingVAE
 from fastdiff_app.engine import load_pipeline
 from fastdiff_app.failures import Failure, one_line
-from fastdiff_pipelines.rollout import ChunkRollout, Context
+from fastdiff_pipelines.rollout import ChunkRollout
 
 STEPS, WHOLE_STEPS = 4, 25
 FPS = 16
 STREAMED = 60  # chunks whose gaps are measured
 MARKS = (10, 100, 1000)
+DRIFTING: dict[str, dict[str, Any]] = {
+    "fastdiff": {},
+    "sequential": {"batched": False, "kind": "clean"},
+}
 PROMPT = "a big red circle moving right quickly on a plain white background"
 
 
@@ -200,22 +206,32 @@ def _resident_bytes() -> int:
 def _drift(pipe: Any, count: int, note: str) -> list[Row]:
     """What is left of the prompts after ten, a hundred and a thousand chunks."""
     if note:
-        return [could_not_run(f"fastdiff-chunk-{mark}", note) for mark in MARKS]
+        return [could_not_run(f"{name}-chunk-{mark}", note) for name in DRIFTING for mark in MARKS]
     rng = np.random.default_rng(SEED + 1)
     scenes = [moving.scene(rng) for _ in range(count)]
+    seen = {name: _followed(pipe, scenes, **settings) for name, settings in DRIFTING.items()}
+    rows = [
+        _drift_row(f"{name}-chunk-{mark}", found[mark], found[MARKS[0]])
+        for name, found in seen.items()
+        for mark in MARKS
+    ]
+    for mark, row in zip(MARKS, rows, strict=False):
+        ours, sequential = (seen[name][mark]["attribute"] for name in DRIFTING)
+        row.quality["attribute_difference"] = paired_difference(ours, sequential, seed=0)
+    return rows
+
+
+def _followed(pipe: Any, scenes: list[world.Scene], **settings: Any) -> dict[int, dict[str, np.ndarray]]:
+    """What the detector reads at each mark, of rollouts of the scenes' captions side by side."""
     recent: list[np.ndarray] = []
-    rows: list[Row] = []
-    began: dict[str, np.ndarray] = {}
-    settings: dict[str, Any] = {"steps": STEPS, "batched": False, "context": Context(kind="clean")}
-    with ChunkRollout(pipe, height=wan.SIZE, width=wan.SIZE, **settings) as rollout:
-        stream = rollout([world.caption(scene) for scene in scenes], chunks=MARKS[-1])
-        for number, frames in enumerate(stream, start=1):
+    found = {}
+    with ChunkRollout(pipe, height=wan.SIZE, width=wan.SIZE, steps=STEPS) as rollout:
+        captions = [world.caption(scene) for scene in scenes]
+        for number, frames in enumerate(rollout(captions, chunks=MARKS[-1], **settings), start=1):
             recent = [*recent, frames][-4:]
             if number in MARKS:
-                seen = _read(np.concatenate(recent, axis=1), scenes)
-                began = began or seen
-                rows.append(_drift_row(number, seen, began))
-    return rows
+                found[number] = _read(np.concatenate(recent, axis=1), scenes)
+    return found
 
 
 def _read(clips: np.ndarray, scenes: list[world.Scene]) -> dict[str, np.ndarray]:
@@ -223,8 +239,8 @@ def _read(clips: np.ndarray, scenes: list[world.Scene]) -> dict[str, np.ndarray]
     return found | {"attribute": np.mean([found[name] for name in moving_detector.ATTRIBUTES], axis=0)}
 
 
-def _drift_row(mark: int, seen: dict[str, np.ndarray], began: dict[str, np.ndarray]) -> Row:
+def _drift_row(name: str, seen: dict[str, np.ndarray], began: dict[str, np.ndarray]) -> Row:
     quality = {name: mean_interval(values) for name, values in seen.items()}
     if seen is not began:
         quality["attribute_change"] = paired_difference(seen["attribute"], began["attribute"], seed=0)
-    return Row(f"fastdiff-chunk-{mark}", quality=quality)
+    return Row(name, quality=quality)

@@ -18,12 +18,14 @@ _SUPPORT = (
     "full_size",
     "gpu_cache",
     "kept",
+    "overview",
     "page",
     "record",
     "readme",
     "slow_line",
     "slowed",
     "sparse_linear",
+    "students",
     "viewers",
 )
 

@@ -1,9 +1,6 @@
 """A peer that accelerates a whole diffusers pipeline, in a process of its own, with the same weights, words, noise."""
 
 import json
-import os
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.peers.environments import python_of
+from benchmarks.peers.child import Child
 
 WORKER = Path(__file__).with_name("pipeline_worker.py")
 
@@ -29,22 +26,11 @@ class PipelinePeer:
     """
 
     def __init__(self, name: str, pipe: Any):
-        python = python_of(name)
-        self._name = name
-        self._folder = tempfile.TemporaryDirectory(prefix="fastdiff-peer-")
-        folder = Path(self._folder.name)
+        self._child = Child(name, WORKER)
+        folder = self._child.folder
         pipe.save_pretrained(folder / "pipeline")
-        self._errors = (folder / "errors.txt").open("w+", encoding="utf-8")
-        # -P: the worker's own folder must not hide the peer's modules
-        self._process = subprocess.Popen(
-            [str(python), "-P", str(WORKER), str(folder), name, str(torch.get_num_threads())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env={**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
-        )
-        self._answer()
+        self._child.start(str(folder), name, str(torch.get_num_threads()))
+        self._child.line()
 
     def draw(
         self, prompts: list[str], seeds: list[int], steps: int, guidance: float, settings: dict[str, Any] | None
@@ -54,41 +40,17 @@ class PipelinePeer:
         Raises:
             PeerFailed: it raised.
         """
-        assert self._process.stdin is not None
         asked = dict(prompts=prompts, seeds=seeds, steps=steps, guidance=guidance, settings=settings)
-        try:
-            self._process.stdin.write(json.dumps(asked) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            self._fail()
-        answer = self._answer()
+        self._child.ask(json.dumps(asked).encode() + b"\n")
+        answer = json.loads(self._child.line())
         if "error" in answer:
             raise PeerFailed(answer["error"])
         pictures = np.load(answer["file"])
         Path(answer["file"]).unlink()
         return torch.from_numpy(pictures).permute(0, 3, 1, 2), answer["ms"]
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._fail()
-        return json.loads(line)
-
-    def _fail(self) -> None:
-        self._process.wait()
-        self._errors.seek(0)
-        said = self._errors.read().strip().splitlines()
-        raise ChildProcessError(f"{self._name} stopped: {said[-1] if said else self._process.returncode}")
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._process.stdin:
-            self._process.stdin.close()
-        self._process.wait()
-        if self._process.stdout:
-            self._process.stdout.close()
-        self._errors.close()
-        self._folder.cleanup()
+    def __exit__(self, *error: object) -> None:
+        self._child.__exit__(*error)

@@ -6,15 +6,12 @@ processes costs it nothing.
 """
 
 import json
-import os
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from benchmarks.peers.environments import python_of
+from benchmarks.peers.child import Child
 
 WORKER = Path(__file__).with_name("streamdiffusion_worker.py")
 
@@ -36,34 +33,26 @@ class StreamDiffusionPeer:
     """
 
     def __init__(self, pipe: Any, timesteps: list[int], noise: np.ndarray, height: int, width: int):
-        self._folder = tempfile.TemporaryDirectory(prefix="fastdiff-peer-")
+        self._child = Child("streamdiffusion", WORKER)
         self._shape = (height, width, 3)
         self._steps = len(timesteps)
         self._last: np.ndarray | None = None
         self._waiting: list[int] = []
         self._junk = self._steps - 1
         self.milliseconds: list[float] = []
-        folder = Path(self._folder.name)
+        folder = self._child.folder
         _export(pipe, folder)
         np.save(folder / "noise.npy", noise.astype(np.float32))
         about = {"timesteps": timesteps, "height": height, "width": width, "threads": _threads()}
         (folder / "job.json").write_text(json.dumps(about), "utf-8")
-        self._errors = (folder / "errors.txt").open("w+", encoding="utf-8")
-        # -P: the worker's own folder holds a module with the peer's name
-        self._process = subprocess.Popen(
-            [str(python_of("streamdiffusion")), "-P", str(WORKER), str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        )
-        self._answer(1)
+        self._child.start(str(folder))
+        self._child.read(1)
 
     def prepare(self, embeddings: np.ndarray) -> None:
         """Starts a new stream for a prompt's embeddings, float [1, S, D]."""
-        np.save(Path(self._folder.name) / "embeddings.npy", embeddings.astype(np.float32))
-        self._ask(b"P", b"")
-        self._answer(1)
+        np.save(self._child.folder / "embeddings.npy", embeddings.astype(np.float32))
+        self._child.ask(b"P")
+        self._child.read(1)
         self._junk, self._waiting = self._steps - 1, []
 
     def push(self, frame: np.ndarray, frame_id: int) -> list[tuple[int, np.ndarray]]:
@@ -89,43 +78,16 @@ class StreamDiffusionPeer:
         return ready
 
     def _frame(self, frame: np.ndarray) -> tuple[float, np.ndarray]:
-        self._ask(b"F", np.ascontiguousarray(frame).tobytes())
-        (taken,) = np.frombuffer(self._answer(8), np.float64)
+        self._child.ask(b"F" + np.ascontiguousarray(frame).tobytes())
+        (taken,) = np.frombuffer(self._child.read(8), np.float64)
         count = int(np.prod(self._shape))
-        return float(taken), np.frombuffer(self._answer(4 * count), np.float32).reshape(self._shape)
-
-    def _ask(self, verb: bytes, content: bytes) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(verb + content)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            self._fail()
-
-    def _answer(self, length: int) -> bytes:
-        assert self._process.stdout is not None
-        got = self._process.stdout.read(length)
-        if len(got) != length:
-            self._fail()
-        return got
-
-    def _fail(self) -> None:
-        self._process.wait()
-        self._errors.seek(0)
-        said = self._errors.read().strip().splitlines()
-        raise ChildProcessError(f"streamdiffusion stopped: {said[-1] if said else self._process.returncode}")
+        return float(taken), np.frombuffer(self._child.read(4 * count), np.float32).reshape(self._shape)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._process.stdin:
-            self._process.stdin.close()
-        self._process.wait()
-        if self._process.stdout:
-            self._process.stdout.close()
-        self._errors.close()
-        self._folder.cleanup()
+    def __exit__(self, *error: object) -> None:
+        self._child.__exit__(*error)
 
 
 def _threads() -> int:

@@ -32,7 +32,17 @@ def layer(tokens: int, inputs: int, outputs: int):
     with torch.no_grad():
         found = compiled(x).float()
         compiled(x)
-    return lambda: compiled(x), float((found - truth).norm() / truth.norm()), inputs * outputs + 4 * outputs
+    return lambda: compiled(x), float((found - truth).norm() / truth.norm()), held(made)
+
+
+def held(made: torch.nn.Module) -> int:
+    """Bytes of a module's tensors, and of the tensors that its quantised ones are made of."""
+
+    def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+        flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+        return [part for name in flatten()[0] for part in parts(getattr(tensor, name))] if flatten else [tensor]
+
+    return sum(part.numel() * part.element_size() for one in made.state_dict().values() for part in parts(one))
 
 
 def main() -> None:

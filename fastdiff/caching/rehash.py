@@ -34,8 +34,9 @@ def rehash(similar: Tensor, threshold: float, longest: int | None = None) -> tup
     check_number("rehash", "threshold", threshold, -1, 1)
     computed = [0]
     for step in range(1, len(similar)):
+        # not below a threshold is not alike: NaN is neither
         worn = longest is not None and step - computed[-1] >= longest
-        if worn or step == len(similar) - 1 or similar[step, computed[-1]] < threshold:
+        if worn or step == len(similar) - 1 or not similar[step, computed[-1]] >= threshold:
             computed.append(step)
     return tuple(computed)
 
@@ -53,7 +54,7 @@ def layer_features(pipe: Any, generate: Callable[[], Any]) -> dict[str, Tensor]:
     def watch(name: str) -> Callable[..., None]:
         def hook(module: Any, inputs: Any, output: Any) -> None:
             value = output[-1] if isinstance(output, (tuple, list)) else output
-            seen[name].append(value.detach().half())
+            seen[name].append(value.detach().float())
 
         return hook
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, ClassVar
 
+import torch
+
 from fastdiff.acceleration import Acceleration, Verdict, check_choice, check_number
 from fastdiff.anatomy import anatomy, attentions, blocks
 from fastdiff.caching.boundary import Boundary, Call
@@ -129,7 +131,14 @@ class _Mask:
         level = kept.get("level")
         if level is not None and unit in kept and any(low <= level <= high for low, high in levels):
             kept["reused"] += 1
-            return kept[unit]
+            return _copied(kept[unit])
         output = inner(*args, **kwargs)
-        kept[unit] = output
+        kept[unit] = _copied(output)
         return output
+
+
+def _copied(output: Any) -> Any:
+    """The same in memory of its own: what comes after a unit may write into its output, as FreeU does."""
+    if isinstance(output, tuple):
+        return tuple(_copied(one) for one in output)
+    return output.clone() if isinstance(output, torch.Tensor) else output

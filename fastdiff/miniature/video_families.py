@@ -39,20 +39,25 @@ def wan() -> Any:
     )
 
 
+_WAN: dict[str, Any] = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=WIDTH,
+    freq_dim=32,
+    ffn_dim=32,
+    num_layers=2,
+)
+
+
 def _wan_transformer() -> Any:
     from diffusers import WanTransformer3DModel
 
     kind: Any = WanTransformer3DModel
     return kind(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
+        **_WAN,
         cross_attn_norm=True,
     )
 
@@ -89,15 +94,7 @@ def helios() -> Any:
         vae=_wan_autoencoder(),
         scheduler=HeliosScheduler(stage_range=[0, 1], stages=1),
         transformer=transformer(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=WIDTH,
-            freq_dim=32,
-            ffn_dim=32,
-            num_layers=2,
+            **_WAN,
             rope_dim=(4, 4, 4),
         ),
     )

@@ -1,20 +1,21 @@
 """Running a pipeline to learn from it: reference trajectories, runs that begin part-way, and what each call costs."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import linear_regression, median
 from time import perf_counter
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.acceleration import Acceleration, Verdict
+from fastdiff.acceleration import Acceleration, Unsupported, Verdict, check_number
 from fastdiff.anatomy import anatomy
 from fastdiff.caching.boundary import Boundary, Call, read, rebuild
 from fastdiff.hooks import Hooks
-from fastdiff.planning.search import Trajectories, interpolated
+from fastdiff.planning.search import Trajectories
 
 # where in a run errors are probed: denser at both ends, where what becomes of them changes fastest
 PROBES = (0.02, 0.06, 0.14, 0.4, 0.7, 0.85, 0.94, 0.97)
@@ -38,6 +39,20 @@ class Workload:
     width: int | None = None
     batch: int = 16
 
+    def __post_init__(self):
+        if not self.prompts:
+            raise ValueError("a workload needs prompts")
+        check_number("workload", "steps", self.steps, low=3, whole=True)
+        check_number("workload", "batch", self.batch, low=1, whole=True)
+        check_number("workload", "guidance", self.guidance, low=0)
+
+    def each(self, taken: Sequence[float]) -> list[float]:
+        """Seconds for a picture of every full batch, from the seconds of all; of the only one where none is full."""
+        whole = len(self.prompts) // self.batch
+        if not whole:
+            return [taken[0] / len(self.prompts)]
+        return [one / self.batch for one in taken[:whole]]
+
     def run(self, pipe: Any, steps: int | None = None, device: str = "cpu") -> tuple[Tensor, list[float]]:
         """Pictures float32 [n, 3, H, W] in 0..1 on the CPU, and the seconds each batch took."""
         known = {"height": self.height, "width": self.width}
@@ -47,15 +62,17 @@ class Workload:
             some = list(self.prompts[start : start + self.batch])
             generators = [torch.Generator(device).manual_seed(self.seed + start + place) for place in range(len(some))]
             begun = perf_counter()
-            made = pipe(
+            output = pipe(
                 some,
                 num_inference_steps=steps or self.steps,
                 guidance_scale=self.guidance,
                 generator=generators,
                 output_type="pt",
                 **sizes,
-            ).images
-            pictures.append(made.float().cpu())
+            )
+            if not hasattr(output, "images"):
+                raise Unsupported(f"tuning compares pictures; {type(pipe).__name__} makes none")
+            pictures.append(output.images.float().cpu())
             seconds.append(perf_counter() - begun)
         return torch.cat(pictures), seconds
 
@@ -133,7 +150,7 @@ class Recorder(Acceleration):
             output = call.compute()
             value = read(output)
             if value is None:
-                raise fastdiff.Unsupported("the denoiser answers with more than one tensor, which tuning cannot record")
+                raise Unsupported("the denoiser answers with more than one tensor, which tuning cannot record")
             hooks.counter.count(accelerated=False)
             self.tape.rows += len(value)
             if not self.before:
@@ -178,25 +195,24 @@ class Study:
 
     def time(self, computed: int, taken: Sequence[float]) -> None:
         """Add the seconds of batches that computed so many steps."""
-        sizes = [min(self.workload.batch, len(self.workload.prompts) - start)
-                 for start in range(0, len(self.workload.prompts), self.workload.batch)]  # fmt: skip
-        self.seconds.setdefault(computed, []).extend(one / size for one, size in zip(taken, sizes, strict=True))
+        self.seconds.setdefault(computed, []).extend(self.workload.each(taken))
 
     def latency(self, computed: int) -> float:
         """Seconds for one picture with so many computed steps: a line through the medians of what was measured."""
-        points = [(count, sorted(taken)[len(taken) // 2]) for count, taken in self.seconds.items()]
+        points = [(count, median(taken)) for count, taken in self.seconds.items()]
         return line(points, computed)
 
 
 def line(points: Sequence[tuple[float, float]], at: float) -> float:
-    """Least-squares line through points, at a place; through the origin when there is one point."""
-    if len(points) == 1:
-        return points[0][1] * at / points[0][0]
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-    return mean_y + slope * (at - mean_x)
+    """Least-squares line through points, at a place; through the origin when there is one point, or it would end below.
+
+    More steps never take less: noise that says so is answered by the line through the origin and the points.
+    """
+    if len(points) > 1:
+        slope, start = linear_regression(*zip(*points, strict=True))
+        if start >= 0 and slope >= 0:
+            return start + slope * at
+    return at * sum(x * y for x, y in points) / sum(x * x for x, _ in points)
 
 
 def study(pipe: Any, workload: Workload) -> Study:
@@ -232,4 +248,4 @@ def outcome_weights(pipe: Any, found: Study, shares: Sequence[float] = PROBES) -
             pictures, _ = found.workload.run(pipe)
         found.spent += (steps - step - 1) / steps
         probes[step] = float((log_mse(pictures, found.reference) - error.clamp(min=1e-20).log()).mean())
-    return [math.exp(value) for value in interpolated(probes, steps)]
+    return np.exp(np.interp(range(steps), sorted(probes), [probes[step] for step in sorted(probes)])).tolist()

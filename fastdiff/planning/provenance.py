@@ -16,8 +16,8 @@ class Provenance:
     """Fingerprints of what a plan was tuned on, and what it may be expected to do there.
 
     Args:
-        pipeline, scheduler: class names. model, scheduler_config: SHA-256 of configs, and of weights by a sample of
-            every tensor.
+        pipeline, scheduler: class names. model, scheduler_config: SHA-256 of configs and of the tensors' shapes.
+        weights: a sample of the denoisers' weights, compared with room for what another float type rounds.
         steps, guidance: of the run it was tuned for. dtype, device: of the denoiser.
         versions: (package, version).
         expected: (name, value, low, high, n) of what was measured on prompts the search had not seen.
@@ -25,6 +25,7 @@ class Provenance:
 
     pipeline: str
     model: str
+    weights: tuple[float, ...]
     scheduler: str
     scheduler_config: str
     steps: int
@@ -35,11 +36,14 @@ class Provenance:
     expected: tuple[Expected, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "weights", tuple(self.weights))
         object.__setattr__(self, "versions", tuple(tuple(pair) for pair in self.versions))
         object.__setattr__(self, "expected", tuple(tuple(row) for row in self.expected))
         for field in ("pipeline", "model", "scheduler", "scheduler_config", "dtype", "device"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"tuned: {field} must be text, not {getattr(self, field)!r}")
+        for value in self.weights:
+            check_number("tuned", "a sampled weight", value, low=-1e300)
         check_number("tuned", "steps", self.steps, low=1, whole=True)
         check_number("tuned", "guidance", self.guidance, low=0)
         for row in self.expected:
@@ -76,6 +80,11 @@ class Provenance:
                 f"this plan was tuned for another model (a {self.pipeline} whose fingerprint begins with "
                 f"{self.model[:12]}; this {here.pipeline}'s begins with {here.model[:12]}); run fastdiff tune here"
             )
+        if not _alike(here.weights, self.weights):
+            raise ValueError(
+                f"this plan was tuned for another model: a {self.pipeline} of this shape with other weights; "
+                "run fastdiff tune here"
+            )
         if (here.scheduler, here.scheduler_config) != (self.scheduler, self.scheduler_config):
             raise ValueError(
                 f"this plan was tuned with {self.scheduler} as it was set then; the pipeline now has "
@@ -107,6 +116,7 @@ def of(pipe: Any, steps: int, guidance: float, expected: tuple[Expected, ...] = 
     return Provenance(
         public_class(pipe).__name__,
         model_fingerprint(pipe),
+        sampled_weights(pipe),
         type(scheduler).__name__,
         _digest(json.dumps(_plain(scheduler.config), sort_keys=True)),
         steps,
@@ -119,23 +129,37 @@ def of(pipe: Any, steps: int, guidance: float, expected: tuple[Expected, ...] = 
 
 
 def model_fingerprint(pipe: Any) -> str:
-    """SHA-256 over configs and a sample of every weight of the denoisers; the same in every float type."""
-    import torch
+    """SHA-256 over configs, names and shapes of the denoisers."""
+    digest = hashlib.sha256()
+    for name, denoiser in _denoisers(pipe).items():
+        shapes = [(key, list(tensor.shape)) for key, tensor in sorted(denoiser.state_dict().items())]
+        digest.update(json.dumps([name, _plain(denoiser.config), shapes], sort_keys=True).encode())
+    return digest.hexdigest()
 
+
+def sampled_weights(pipe: Any) -> tuple[float, ...]:
+    """The middle weight of each of up to 64 tensors of the denoisers, spread over all of them; three digits each."""
+    tensors = [
+        tensor
+        for denoiser in _denoisers(pipe).values()
+        for _, tensor in sorted(denoiser.state_dict().items())
+        if tensor.is_floating_point() and tensor.numel()
+    ]
+    chosen = tensors[:: max(1, len(tensors) // _SAMPLES)][:_SAMPLES]
+    return tuple(float(f"{float(tensor.flatten()[tensor.numel() // 2]):.2e}") for tensor in chosen)
+
+
+def _denoisers(pipe: Any) -> dict[str, Any]:
     from fastdiff.anatomy import anatomy
 
-    digest = hashlib.sha256()
-    for name, denoiser in anatomy(pipe).denoisers.items():
-        digest.update(json.dumps([name, _plain(denoiser.config)], sort_keys=True).encode())
-        for key, tensor in sorted(denoiser.state_dict().items()):
-            if not tensor.is_floating_point():
-                continue
-            flat = tensor.detach().flatten()
-            some = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
-            # three digits survive bfloat16
-            rounded = [f"{value:.1e}" for value in some.to(torch.bfloat16).double().tolist()]
-            digest.update(json.dumps([key, list(tensor.shape), rounded]).encode())
-    return digest.hexdigest()
+    return anatomy(pipe).denoisers
+
+
+def _alike(here: tuple[float, ...], there: tuple[float, ...]) -> bool:
+    """Equal up to what bfloat16 and float16 round: 8 binary digits, and nothing below 1e-7."""
+    return len(here) == len(there) and all(
+        abs(one - other) <= 2e-2 * max(abs(one), abs(other)) + 1e-7 for one, other in zip(here, there, strict=True)
+    )
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -184,15 +184,3 @@ def fit_schedule(
         _, _, weights = min(options, key=lambda option: option[:2])
         rows.append((trajectories.levels[step], *(float(weight) for weight in weights)))
     return tuple(rows)
-
-
-def interpolated(probes: dict[int, float], steps: int) -> list[float]:
-    """Values at every step from values at some, linear in between and constant beyond the ends."""
-    known = sorted(probes)
-    values = []
-    for step in range(steps):
-        below = max((one for one in known if one <= step), default=known[0])
-        above = min((one for one in known if one >= step), default=known[-1])
-        share = 0.0 if above == below else (step - below) / (above - below)
-        values.append((1 - share) * probes[below] + share * probes[above])
-    return values

@@ -18,6 +18,7 @@ Related: LeMiCa's outcome-aware edges (https://arxiv.org/abs/2511.00090), CacheQ
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -194,19 +195,25 @@ class Planner:
         return -10 * math.log10(max(self.schedules[computed][0], 1e-12))
 
     def _calibrated(self, candidate: Candidate, tried: list[tuple[str, int, float]]) -> float:
-        """Mean PSNR of a candidate on the calibration prompts."""
-        pictures, taken = self._run(candidate, self.calibration)
+        """Median PSNR of a candidate on the calibration prompts; -inf where a member of it does nothing."""
+        pictures, taken, idle = self._run(candidate, self.calibration)
         if candidate.plain:
             self.study.time(candidate.computed, taken)
         self.study.spent += candidate.computed / self.calibration.steps
-        mean = float(-10 * log_mse(pictures, self.study.reference).median() / math.log(10))
-        tried.append((candidate.name, candidate.computed, mean))
-        self.say(f"{candidate.computed} of {self.calibration.steps} steps, {candidate.name}: {mean:.1f} dB")
-        return mean
+        if idle:
+            self.say(f"{candidate.name}: left out, {idle} has nothing to do in {candidate.computed} steps")
+            return -math.inf
+        found = float(-10 * log_mse(pictures, self.study.reference).median() / math.log(10))
+        tried.append((candidate.name, candidate.computed, found))
+        self.say(f"{candidate.computed} of {self.calibration.steps} steps, {candidate.name}: {found:.1f} dB")
+        return found
 
-    def _run(self, candidate: Candidate, workload: Workload) -> tuple[Tensor, list[float]]:
-        with fastdiff.accelerate(self.pipe, candidate.members):
-            return workload.run(self.pipe)
+    def _run(self, candidate: Candidate, workload: Workload) -> tuple[Tensor, list[float], str]:
+        """Pictures, seconds, and the members that did nothing: a strict user would be refused such a plan."""
+        with fastdiff.accelerate(self.pipe, candidate.members) as handle:
+            pictures, taken = workload.run(self.pipe)
+            idle = ", ".join(row.name for row in handle.report().rows if row.seen and not row.accelerated)
+        return pictures, taken, idle
 
     def _search(self, computed: int, tried: list[tuple[str, int, float]]) -> list[Candidate]:
         """The finalists among candidates that take as long as so many computed steps, by runs on its own prompts."""
@@ -215,7 +222,9 @@ class Planner:
         for candidate in [*known[:FIRST], *self._cheaper(computed), *known[FIRST:]]:
             if self.study.spent + candidate.computed / self.calibration.steps > self.most and ranked:
                 continue
-            ranked.append((-self._calibrated(candidate, tried), len(ranked), candidate))
+            found = self._calibrated(candidate, tried)
+            if math.isfinite(found) or not ranked:
+                ranked.append((-found, len(ranked), candidate))
         return [candidate for _, _, candidate in sorted(ranked)[:FINALISTS]]
 
     def _cheaper(self, computed: int) -> list[Candidate]:
@@ -310,13 +319,12 @@ class Planner:
         return self._proof
 
     def _judge(self, candidate: Candidate, proof: Study) -> Result:
-        pictures, taken = self._run(candidate, self.heldout)
+        pictures, taken, _ = self._run(candidate, self.heldout)
         decibels = psnr_of(pictures, proof.reference).clamp(max=100)
         quality = {"psnr": median_interval(decibels.numpy()), "ssim": _ssim(pictures, proof.reference)}
         if self.score is not None:
             quality["attribute_drop"] = attribute_drop(self.score, pictures, proof.reference)
-        each = [one / self.heldout.batch for one in taken]
-        seconds = sorted(each)[len(each) // 2] * self.heldout.batch * len(taken) / len(self.heldout.prompts)
+        seconds = median(self.heldout.each(taken))
         self.say(f"  {candidate.name}: {quality['psnr'].value:.1f} dB")
         return Result(candidate.name, candidate.computed, seconds, decibels, quality, candidate)
 
@@ -350,7 +358,7 @@ def tune(
     """The fastest plan within a budget for this pipeline on this machine; see `Planner`.
 
     Raises:
-        Unsupported: the pipeline is accelerated already, has several denoisers, or a sampler that draws noise.
+        Unsupported: the pipeline is accelerated already, has several denoisers, or makes no pictures.
     """
     if hasattr(type(pipe), "_fastdiff_handle"):
         raise Unsupported("this pipeline is accelerated; remove that handle first, a plan is measured on the plain one")

@@ -77,7 +77,7 @@ def test_all_blocks_are_dense_whatever_is_chosen(select: str, far: str):
         torch.testing.assert_close(output, near(one, None)[0], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("far", FAR)
+@pytest.mark.parametrize("far", [name for name in FAR if name != "none"])
 def test_what_stands_for_the_far_keys_beats_nothing_when_inputs_drift(far: str):
     errors = {}
     for name in ("none", far):
@@ -90,7 +90,7 @@ def test_what_stands_for_the_far_keys_beats_nothing_when_inputs_drift(far: str):
         output = run.attend(one)
         assert output is not None
         errors[name] = relative(output, near(one, None)[0])
-    assert far == "none" or errors[far] < 0.9 * errors["none"], errors
+    assert errors[far] < 0.9 * errors["none"], errors
 
 
 def test_full_steps_come_when_the_schedule_says():

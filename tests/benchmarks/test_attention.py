@@ -111,9 +111,9 @@ def test_the_plot_is_drawn_where_a_method_has_no_figures(tmp_path: Path):
     for percent in attention.PERCENTS:
         record.rows.append(Row.timed(f"sparse-{percent}-1024-fp32", [1.0, 2.0], ratio=2.0))
         record.rows.append(Row.timed(f"fastdiff-quality-{percent}", [1.0]))
-        record.rows[-1].quality["psnr"] = Interval.exact(30.0)
+        record.rows[-1].quality |= {"psnr": Interval.exact(30.0), "density": Interval.exact(1 - percent / 100)}
         record.rows.append(could_not_run(f"sla-quality-{percent}", "not trained"))
         record.rows.append(Row.timed(f"fastdiff-quality-{percent}-dit", [1.0]))
-        record.rows[-1].quality["psnr"] = Interval.exact(30.0)
+        record.rows[-1].quality |= {"psnr": Interval.exact(30.0), "density": Interval.exact(1 - percent / 100)}
     attention.plot(record, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 10_000

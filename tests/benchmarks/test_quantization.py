@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks import quantization
+from benchmarks.peers import child
 from fastdiff.miniature import untrained
 from fastdiff.quantization.w8a8 import W8A8Linear
 
@@ -16,7 +17,7 @@ def _absent(peer: str) -> Any:
 
 @pytest.mark.slow
 def test_rows_have_their_figures_and_an_absent_peer_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "python_of", _absent)
+    monkeypatch.setattr(child, "python_of", _absent)
     monkeypatch.setattr(quantization, "W8A8Linear", partial(W8A8Linear, path="eager"))
     monkeypatch.setattr(quantization, "GENERATION", {**quantization.GENERATION, "num_inference_steps": 1})
     names = ("int8", "int3", "w8a8-smooth-hadamard")

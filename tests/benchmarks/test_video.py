@@ -21,7 +21,9 @@ def test_video_has_its_rows(pipe, monkeypatch):
     monkeypatch.setattr(video, "WHOLE_STEPS", 3)
     monkeypatch.setattr(video, "STREAMED", 12)
     record = video.run(pipe=pipe, chunks=40, rollouts=2)
-    assert [row.method for row in record.rows] == [*ROWS, *(f"fastdiff-chunk-{mark}" for mark in (2, 3, 5))]
+    drifting = [f"{name}-chunk-{mark}" for name in ("fastdiff", "sequential") for mark in (2, 3, 5)]
+    assert [row.method for row in record.rows] == [*ROWS, *drifting]
+    assert "attribute_difference" in record.row("fastdiff-chunk-5").quality
     for row in record.rows[:5]:
         assert row.ms_median
         assert {"first_frame_ms", "fps"} <= set(row.quality)
@@ -35,7 +37,7 @@ def test_without_weights_speed_is_measured_and_quality_is_not(pipe, monkeypatch)
     monkeypatch.setattr(video, "_embedded", lambda: (pipe, "random weights"))
     monkeypatch.setattr(video, "_timed", lambda pipe, chunks: [video.Row("fastdiff", 1.0)])
     record = video.run()
-    assert [row.note for row in record.rows] == ["random weights"] * 4
+    assert [row.note for row in record.rows] == ["random weights"] * 7
     assert all(not row.quality for row in record.rows[1:])
 
 

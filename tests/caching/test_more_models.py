@@ -260,4 +260,7 @@ def test_the_parts_are_what_their_pipelines_have():
     from fastdiff.anatomy import anatomy
 
     for name in NAMES:
-        assert isinstance(anatomy(_pipe(name)), Anatomy)
+        pipe = _pipe(name)
+        found = anatomy(pipe)
+        assert isinstance(found, Anatomy)
+        assert found.denoiser is pipe.transformer

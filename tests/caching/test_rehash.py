@@ -23,6 +23,7 @@ def test_steps_are_held_against_the_last_computed_one():
     assert rehash(similar, 1.0) == (0, 1, 2, 3, 4, 5, 6)
     assert rehash(similar, -1.0) == (0, 6)
     assert rehash(similar, -1.0, longest=2) == (0, 2, 4, 6)
+    assert rehash(torch.full((4, 4), torch.nan), 0.9) == (0, 1, 2, 3)
     with pytest.raises(ValueError, match="threshold"):
         rehash(similar, 1.5)
 

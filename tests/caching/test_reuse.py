@@ -186,3 +186,23 @@ def test_blocks_left_out_of_the_same_input_add_what_they_added(name: str):
     assert torch.equal(first, plain)
     torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
     assert (row.seen, row.accelerated) == (2, 1)
+
+
+def test_what_writes_into_a_unit_s_output_does_not_write_into_what_is_kept(sd: Any):
+    """FreeU scales what comes out of the middle in place."""
+    kept: list[float] = []
+    middle = sd.unet.mid_block.resnets[-1]
+    with fastdiff.accelerate(sd, UnitMask((("resnet", "mid_block.*", 0.0, 1.0),), interval=9, warm_up=1, tail=0)):
+        outer = middle.forward
+
+        def scaled(*args: Any, **kwargs: Any) -> torch.Tensor:
+            output = outer(*args, **kwargs)
+            kept.append(float(output.abs().mean()))
+            return output.mul_(1.5)
+
+        middle.forward = scaled
+        try:
+            _draw(sd, steps=5)
+        finally:
+            middle.forward = outer
+    assert len(set(kept[1:])) == 1, kept

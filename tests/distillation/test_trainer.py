@@ -96,7 +96,10 @@ def test_a_student_begins_with_another_and_learns_from_it(tmp_path: Path):
     def run(name: str, **options: Any) -> None:
         objective = Phased(substeps=1, order=1, scale=1.0)
         settings = replace(SETTINGS, steps=1)
-        keep = lambda step, loss: losses.setdefault(name, loss)  # noqa: E731
+
+        def keep(step: int, loss: float) -> None:
+            losses.setdefault(name, loss)
+
         distil(pipe, objective, Noise(), settings, tmp_path / name, keep, **options)
 
     run("both", start=first, teacher=first)

@@ -52,14 +52,24 @@ def test_another_model_or_scheduler_is_refused_and_another_version_noted(pipe: A
         assert "tuned in bfloat16, used in float32" in said
 
 
-def test_a_fingerprint_knows_weights_and_not_their_type(pipe: Any):
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_a_fingerprint_knows_weights_and_not_their_type(pipe: Any, kind: str):
     import torch
 
-    twin = untrained(0)
-    assert provenance.model_fingerprint(twin) == provenance.model_fingerprint(pipe)
-    twin.unet.to(torch.bfloat16)
-    assert provenance.model_fingerprint(twin) == provenance.model_fingerprint(pipe)
-    assert provenance.model_fingerprint(untrained(1)) != provenance.model_fingerprint(pipe)
+    origin, twin = provenance.of(pipe, 28, 5.0), untrained(0)
+    twin.unet.to(getattr(torch, kind))
+    assert origin.check(twin) == (f"tuned in float32, used in {kind}: measure again",)
+    # rounded twice, as a model is that was saved in one and loaded in the other
+    twin.unet.half().bfloat16()
+    assert origin.check(twin) == ("tuned in float32, used in bfloat16: measure again",)
+    with pytest.raises(ValueError, match="of this shape with other weights"):
+        origin.check(untrained(1))
+    with torch.no_grad():
+        twin.unet.float()
+        for value in twin.unet.parameters():
+            value.mul_(1.05)
+    with pytest.raises(ValueError, match="of this shape with other weights"):
+        origin.check(twin)
 
 
 @pytest.mark.parametrize(

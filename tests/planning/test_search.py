@@ -16,7 +16,6 @@ from fastdiff.planning.search import (
     fit_schedule,
     fitted,
     front_loaded,
-    interpolated,
     schedule_of,
     segment_costs,
     segment_errors,
@@ -115,7 +114,3 @@ def test_fits_of_a_schedule_name_every_step_left_out_and_only_those():
     for row in fit_schedule(still, schedule, most=1):
         assert row[1] == pytest.approx(0, abs=1e-5)
         assert row[2] == pytest.approx(1, abs=1e-5)
-
-
-def test_values_between_probes_are_on_the_line_between_them():
-    assert interpolated({2: 1.0, 6: 3.0}, 9) == [1.0, 1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.0, 3.0]

@@ -1,6 +1,7 @@
 """The planner end to end on a tiny model: its accounts, its proof, its file, its pictures."""
 
 import io
+import math
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from diffusers import DDIMScheduler
 import fastdiff
 from fastdiff.acceleration import Unsupported
 from fastdiff.caching.forecast import Forecast
+from fastdiff.caching.units import UnitMask
 from fastdiff.miniature.families import family
 from fastdiff.plan import Plan
 from fastdiff.planning import report
 from fastdiff.planning.budget import Budget
+from fastdiff.planning.candidates import Candidate
 from fastdiff.planning.cheaper import cheaper
 from fastdiff.planning.measure import Recorder, Tape, Workload, line, outcome_weights, study
 from fastdiff.planning.search import uniform
@@ -70,6 +73,18 @@ def test_a_run_answered_from_a_tape_ends_in_the_same_picture_and_costs_the_rest(
     assert found.spent == pytest.approx(1 + 0.7 + 0.1)
 
 
+def test_a_member_that_has_nothing_to_do_is_kept_out_of_the_race(planner: Planner):
+    masked = UnitMask((("self-attention", "*", 0.0, 1.0),), warm_up=STEPS)
+    said: list[str] = []
+    tried: list[tuple[str, int, float]] = []
+    planner.say = said.append
+    found = planner._calibrated(Candidate("masked", (masked,), STEPS, plain=False), tried)
+    planner.say = lambda text: None
+    assert found == -math.inf
+    assert tried == []
+    assert said == [f"masked: left out, UnitMask has nothing to do in {STEPS} steps"]
+
+
 def test_the_winner_beats_its_controls_within_the_calls_allowed(planner: Planner, tmp_path):
     assert planner.expected(STEPS) > 100
     tuned = planner.tune(latency=-1.6)
@@ -107,7 +122,8 @@ def test_a_cheaper_call_buys_computed_steps(planner: Planner, monkeypatch: pytes
     assert [type(one).__name__ for one in found["16-bit fit-2"].members] == ["Precision", "Forecast"]
     assert not found["16-bit fit-2"].plain
     loaded = Plan.from_json(Plan(found["16-bit fit-2"].members).to_json())
-    pictures, _ = planner._run(found["16-bit fit-2"], HELDOUT)
+    pictures, _, idle = planner._run(found["16-bit fit-2"], HELDOUT)
+    assert idle == ""
     with fastdiff.accelerate(planner.pipe, loaded):
         assert torch.equal(HELDOUT.run(planner.pipe)[0], pictures)
 
@@ -191,4 +207,28 @@ def test_what_cannot_be_tuned_says_why(pipe: Any, planner: Planner):
 def test_latency_is_a_line_through_what_was_measured():
     assert line([(10, 1.0)], 5) == 0.5
     assert line([(10, 1.0), (20, 1.5), (30, 2.0)], 40) == pytest.approx(2.5)
+    # noise that says that no steps take less than no time, or more steps less, does not
+    for points in ([(28, 0.30), (9, 0.05)], [(28, 0.10), (9, 0.20)]):
+        assert 0 < line(points, 2) < line(points, 9)
     assert len(uniform(STEPS, 4)) == 4
+
+
+def test_a_batch_that_is_not_full_does_not_count():
+    prompts = tuple(f"prompt {number}" for number in range(17))
+    assert Workload(prompts, batch=16).each([1.6, 0.25]) == [0.1]
+    assert Workload(prompts[:4], batch=16).each([0.4]) == [0.1]
+
+
+@pytest.mark.parametrize("wrong", [{"prompts": ()}, {"steps": 2}, {"batch": 0}, {"guidance": -1.0}])
+def test_impossible_workloads_are_refused(wrong: dict[str, Any]):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Workload(**{"prompts": ("a red circle",), **wrong})
+
+
+def test_video_cannot_be_tuned():
+    from fastdiff.miniature.video_families import wan
+
+    pipe = wan()
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(Unsupported, match="pictures; WanPipeline makes none"):
+        Workload(("a red circle",), steps=3, height=16, width=16).run(pipe)

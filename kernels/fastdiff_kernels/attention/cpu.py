@@ -212,6 +212,7 @@ def _wide(lse: Tensor) -> Tensor:
 
 
 def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, N, S, D] with as many heads as the queries: grouped ones are repeated."""
     groups = q.shape[1] // k.shape[1]
     return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
