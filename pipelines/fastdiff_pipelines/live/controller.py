@@ -121,6 +121,11 @@ class DeadlineController:
         """How many times slower than measured the machine is now."""
         return statistics.median(self._ratios) if self._ratios else 1.0
 
+    @property
+    def fits(self) -> bool:
+        """Whether what is in force keeps the target, as far as was seen."""
+        return self._fits(self.rung, self.slowness)
+
     def admits(self, waited_ms: float) -> bool:
         """Whether a frame that is this old can still be on time."""
         if not self.rung.drops:

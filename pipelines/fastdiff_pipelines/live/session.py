@@ -15,11 +15,14 @@ from typing import Any
 
 from fastdiff_pipelines.conditions import Picture, resized, scaled
 from fastdiff_pipelines.latest import Captured, LatestFrame
-from fastdiff_pipelines.live.controller import DeadlineController, Decision, Rung
+from fastdiff_pipelines.live.applied import Applied
+from fastdiff_pipelines.live.controller import DeadlineController, Rung
 from fastdiff_pipelines.live.controls import Controls
 from fastdiff_pipelines.live.ledger import Finished, Journey, Ledger
 from fastdiff_pipelines.live.outbox import Outbox
+from fastdiff_pipelines.live.pace import pace
 from fastdiff_pipelines.live.recording import Recording, digest
+from fastdiff_pipelines.live.tape import Tape
 from fastdiff_pipelines.slots import NotFinite, Output
 
 UNREAD_S = 1.0
@@ -74,7 +77,6 @@ class LiveSession:
         self.controls, self.clock, self.controller, self.lora = controls, clock, controller, lora
         self.ledger = Ledger(clock, target_ms if controller is None else controller.budget.target_ms)
         self.on_ready, self.on_problem = on_ready, on_problem
-        self.recording = recording
         self.sharers = 1
         self.closed = False
         self._open, self._unpack, self._pack = open, unpack, pack
@@ -84,7 +86,8 @@ class LiveSession:
         self._streams: dict[tuple[float, str | None], Any] = {}
         self._place: tuple[float, str | None] | None = None
         self._stream: Any = None
-        self._applied: dict[str, Any] = {}
+        self._tape = Tape(recording)
+        self._applied = Applied(lambda message: self.on_problem(message), lora)
         self._applied_version = 0
         self._versions: dict[int, int] = {}
         self._inside: OrderedDict[int, _Inside] = OrderedDict()
@@ -159,6 +162,23 @@ class LiveSession:
             self._inbox.close()
         self.ledger.drop("closed", count)
 
+    def summary(self) -> dict[str, Any]:
+        """The ledger, and under `pace` what is done to keep the target; plain values."""
+        return self.ledger.summary() | {"pace": pace(self.controller, self._stream, self.controls.settings.steps)}
+
+    def record(self, recording: Recording | None) -> None:
+        """Begin a recording, or end it, with the next turn; streams are made anew, so that it begins at a beginning.
+
+        Raises:
+            RuntimeError: no turn will come; the recording is closed.
+        """
+        self._tape.ask(recording)
+
+    @property
+    def recording(self) -> Recording | None:
+        """The recording from the next turn on."""
+        return self._tape.next
+
     # for the worker
 
     @property
@@ -225,11 +245,10 @@ class LiveSession:
         if self._inside:
             self._run(self._stream.flush, "flush")
 
-    def record(self, recording: Recording | None) -> None:
-        """Begin a recording, or end it, with the next turn; streams are made anew, so that it begins at a beginning."""
-        self._switch = (recording,)
-
-    _switch: tuple[Recording | None] | None = None
+    def end(self) -> None:
+        """No turn will come: the session is closed, and its recording is whole."""
+        self.close()
+        self._tape.close()
 
     def _count_waiting(self) -> int:
         return self._inbox.put_count - self._inbox.taken_count - self._inbox.dropped_count
@@ -245,32 +264,26 @@ class LiveSession:
         rung = self.controller.rung if self.controller is not None else Rung("as asked")
         place = _place(rung)
         extra = {name: value for name, value in rung.changes.items() if name not in ("scale", "plan")}
-        switch, self._switch = self._switch, None
-        if place != self._place or switch is not None:
+        if place != self._place or self._tape.switches:
             self.drain()
-            if switch is not None:
+            if self._tape.switch():
                 self._streams.clear()
-                if self.recording is not None:
-                    self.recording.close()
-                self.recording = switch[0]
             if place not in self._streams:
                 self._streams[place] = self._open(*place)
-            self._stream, self._place, self._applied = self._streams[place], place, {}
-            if self.recording is not None:
-                self.recording.write("open", scale=place[0], plan=place[1])
+            self._stream, self._place = self._streams[place], place
+            self._applied.begin()
+            self._tape.write("open", scale=place[0], plan=place[1])
         version, wanted = self.controls.version, self.controls.at(self.clock())
+        asked = self.controls.settings
+        fades = [name for name in ("prompts", "seeds") if wanted[name] and not getattr(asked, name)]
         if "steps" in extra:
             wanted["steps"] = min(wanted["steps"], extra.pop("steps"))
             wanted["timesteps"] = None
         wanted |= extra
         if wanted["control"] is not None:
             wanted["control"] = self._sized(wanted["control"])
-        if "similarity" in self._applied and "similarity" not in wanted:
-            wanted["similarity"] = None
-        changes = {name: value for name, value in wanted.items() if self._applied.get(name, _NOTHING) != value}
-        if changes:
-            self._apply(changes)
-            self._applied = wanted
+        for taken in self._applied.tell(self._stream, wanted, fades):
+            self._tape.write("change", **taken)
         self._applied_version = version
 
     def _sized(self, picture: Picture) -> Picture:
@@ -283,18 +296,6 @@ class LiveSession:
     # holds the picture asked for too, or its id might come back as another's
     _fitting: tuple[Any, Picture, Picture] | None = None
 
-    def _apply(self, changes: dict[str, Any]) -> None:
-        scales = {name.removeprefix("lora:"): changes.pop(name) for name in list(changes) if name.startswith("lora:")}
-        if scales and self.lora is not None:
-            self.lora.set(scales)
-        if changes:
-            try:
-                self._stream.update(**changes)
-            except (ValueError, TypeError, NotImplementedError) as error:
-                self.on_problem(f"these settings are not possible: {error}")
-        if self.recording is not None:
-            self.recording.write("change", settings=changes, lora=scales)
-
     def _push(self, frame: Any, journey: Journey, entered: float) -> None:
         rung = None if self.controller is None else self.controller.rung
         journey.version = self._applied_version
@@ -302,8 +303,8 @@ class LiveSession:
         # a rung's cost is of frames that are all of this rung, and as many as it holds
         settled = rung is not None and next(iter(self._inside.values())).rung is rung
         full = rung is not None and settled and len(self._inside) >= rung.depth
-        if self.recording is not None:
-            self.recording.frame(journey.frame_id, journey.captured, frame)
+        if self._tape.current is not None:
+            self._tape.current.frame(journey.frame_id, journey.captured, frame)
         outputs = self._run(lambda: self._stream.push(frame, journey.frame_id, journey.captured), "push")
         self._pushed_at = self.clock()
         repeated = any(one.repeated for one in outputs)
@@ -312,11 +313,8 @@ class LiveSession:
             spent = (self._pushed_at - entered) * 1000 * self.sharers
             decision = self.controller.observe(spent, self._pushed_at, around)
             if decision is not None:
-                self._decided(decision)
-
-    def _decided(self, decision: Decision) -> None:
-        if self.recording is not None:
-            self.recording.write("decision", before=decision.before, after=decision.after, reason=decision.reason)
+                told = {"before": decision.before, "after": decision.after, "reason": decision.reason}
+                self._tape.write("decision", **told)
 
     def _run(self, work: Callable[[], list[Output]], kind: str) -> list[Output]:
         """One operation of the stream, and its outputs on their way."""
@@ -333,9 +331,9 @@ class LiveSession:
         ended = self.clock()
         self._busy += ended - started
         self._failures = 0
-        if self.recording is not None:
+        if self._tape.current is not None:
             hashes = {str(one.frame_id): digest(one.image) for one in outputs}
-            self.recording.write(kind, rows=rows, outputs=hashes)
+            self._tape.write(kind, rows=rows, outputs=hashes)
         for output in outputs:
             self._put_out(output, ended)
         if kind == "flush":
@@ -394,6 +392,3 @@ class LiveSession:
 def _place(rung: Rung) -> tuple[float, str | None]:
     """The share of the size and the plan that a rung's stream has."""
     return float(rung.changes.get("scale", 1.0)), rung.changes.get("plan")
-
-
-_NOTHING = object()

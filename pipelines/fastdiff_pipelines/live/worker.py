@@ -35,6 +35,7 @@ class LiveWorker:
         self._turns = Turns()
         self._sessions: dict[int, LiveSession] = {}
         self._active: dict[int, float] = {}
+        self._turn: LiveSession | None = None
         self._condition = threading.Condition()
         self._woken = False
         self._stopped = False
@@ -53,12 +54,15 @@ class LiveWorker:
             self._turns.join(id(session))
 
     def remove(self, session: LiveSession) -> None:
-        """A session leaves and is closed; a turn under way is finished first by whoever runs it."""
+        """A session leaves and is closed; a turn under way is finished first by whoever runs it, and ends it then."""
         session.close()
         with self._condition:
             self._sessions.pop(id(session), None)
             self._active.pop(id(session), None)
             self._turns.leave(id(session))
+            if self._turn is session:
+                return
+        session.end()
 
     def wake(self) -> None:
         """Something changed: look again."""
@@ -84,6 +88,7 @@ class LiveWorker:
             key = chosen
             session = self._sessions[key]  # type: ignore[index]
             self._active[key] = now  # type: ignore[index]
+            self._turn = session
             session.sharers = sum(now - then < ACTIVE_S for then in self._active.values())
         before = self.energy() if self.energy is not None else 0.0
         try:
@@ -93,6 +98,12 @@ class LiveWorker:
             log.exception("a live session failed")
             session.on_problem(f"the session ended: {type(error).__name__}: {error}")
             session.close()
+        finally:
+            with self._condition:
+                self._turn = None
+                left = key not in self._sessions
+            if left:
+                session.end()
         if self.energy is not None:
             session.ledger.energy_j = (session.ledger.energy_j or 0.0) + self.energy() - before
         self.last_frame = self.clock()

@@ -69,6 +69,43 @@ def test_a_recording_cut_short_gives_what_is_whole_and_another_file_is_refused(
         replay(path, open)
 
 
+def _empty(path) -> Recording:
+    return Recording(path, {"model": "none"})
+
+
+def test_a_recording_that_never_began_is_whole_when_its_session_leaves(tmp_path) -> None:
+    session = LiveSession(lambda scale, plan: IdentityStream(16, 16), Controls(Settings("")))
+    worker = LiveWorker()
+    worker.add(session)
+    replaced, left, late = (_empty(tmp_path / f"{name}.fdrec") for name in ("replaced", "left", "late"))
+    session.record(replaced)
+    session.record(left)
+    assert session.recording is left
+    worker.remove(session)
+    with pytest.raises(RuntimeError, match="ended"):
+        session.record(late)
+    for recording in (replaced, left, late):
+        assert [head["kind"] for head, _ in read(recording.path)] == ["about"]
+
+
+def test_a_session_that_leaves_within_a_turn_is_recorded_to_the_end_of_it(tmp_path, clip) -> None:
+    class Leaving(IdentityStream):
+        def push(self, frame: Any = None, frame_id: Any = None, captured: float | None = None) -> Any:
+            worker.remove(session)
+            session.record(late)
+            return super().push(frame, frame_id, captured)
+
+    recording, late = _empty(tmp_path / "session.fdrec"), _empty(tmp_path / "late.fdrec")
+    session = LiveSession(lambda scale, plan: Leaving(16, 16), Controls(Settings("")), recording=recording)
+    worker = LiveWorker()
+    worker.add(session)
+    session.offer(clip[0], 0)
+    assert worker.run_one()
+    assert [head["kind"] for head, _ in read(recording.path)] == ["about", "open", "change", "frame", "push"]
+    assert [head["kind"] for head, _ in read(late.path)] == ["about"]
+    assert worker.sessions == []
+
+
 def test_a_failing_model_loses_its_frames_and_tells_and_ends_the_session_at_last(clip) -> None:
     problems: list[str] = []
 
