@@ -248,7 +248,11 @@ class LiveSession:
     def end(self) -> None:
         """No turn will come: the session is closed, and its recording is whole."""
         self.close()
-        self._tape.close()
+        try:
+            self._tape.close()
+        except OSError as error:
+            # whoever runs turns has other sessions too
+            self.on_problem(f"the recording is not whole: {error}")
 
     def _count_waiting(self) -> int:
         return self._inbox.put_count - self._inbox.taken_count - self._inbox.dropped_count

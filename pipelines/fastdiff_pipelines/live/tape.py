@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 from fastdiff_pipelines.live.recording import Recording
@@ -71,6 +72,7 @@ class Tape:
         with self._lock:
             self._closed = True
             asked, self._asked = self._asked, None
-        for recording in (self.current, *(asked or ())):
-            if recording is not None:
-                recording.close()
+        with ExitStack() as ends:
+            for recording in (self.current, *(asked or ())):
+                if recording is not None:
+                    ends.callback(recording.close)

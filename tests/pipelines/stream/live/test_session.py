@@ -88,6 +88,24 @@ def test_a_recording_that_never_began_is_whole_when_its_session_leaves(tmp_path)
         assert [head["kind"] for head, _ in read(recording.path)] == ["about"]
 
 
+def test_a_recording_that_cannot_be_finished_ends_nobody_else(tmp_path, monkeypatch) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    problems: list[str] = []
+    recording = _empty(tmp_path / "session.fdrec")
+    monkeypatch.setattr(recording, "close", full)
+    session = LiveSession(
+        lambda scale, plan: IdentityStream(16, 16), Controls(Settings("")), on_problem=problems.append,
+        recording=recording,
+    )  # fmt: skip
+    worker = LiveWorker()
+    worker.add(session)
+    worker.remove(session)
+    assert len(problems) == 1
+    assert "not whole" in problems[0]
+
+
 def test_a_session_that_leaves_within_a_turn_is_recorded_to_the_end_of_it(tmp_path, clip) -> None:
     class Leaving(IdentityStream):
         def push(self, frame: Any = None, frame_id: Any = None, captured: float | None = None) -> Any:
