@@ -19,7 +19,6 @@ from fastdiff_app.options import (
     PlanOption,
     Seed,
     Size,
-    Steps,
     Strict,
     Student,
 )
@@ -84,23 +83,28 @@ def generate(
 
 @app.command()
 def stream(
+    ctx: typer.Context,
     input: Annotated[Path | None, typer.Option("--input", "-i", help="A video file; a video model needs none.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the video should become.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A .mp4, .mkv or .mov file.")] = None,
     json: JsonFile = None,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet to this picture.")] = None,
-    steps: Steps = 4,
+    steps: Annotated[int, typer.Option(min=1, max=50, help="Denoising steps.")] = 4,
     strength: Annotated[float, typer.Option(help="How much may change, above 0 up to 1.")] = 0.5,
     guidance: Annotated[str, typer.Option(help="none, full, self or onetime.")] = "none",
     guidance_scale: Annotated[float, typer.Option(help="Its scale.")] = 1.0,
     sampler: Annotated[str, typer.Option(help="lcm, tcd, ddim, dpm or euler (flow matching).")] = "lcm",
-    noise: Annotated[str, typer.Option(help="fixed, fresh or blended.")] = "fixed",
-    frame_buffer: Annotated[int, typer.Option(help="Frames that enter together.")] = 1,
+    noise: Annotated[
+        str | None, typer.Option(help="fixed, fresh or blended; fixed if not given, fresh from a prompt alone.")
+    ] = None,
+    frame_buffer: Annotated[int, typer.Option(min=1, max=64, help="Frames that enter together.")] = 1,
     seed: Seed = 0,
     negative: Negative = "",
     size: Size = None,
-    frames: Annotated[int | None, typer.Option(help="Stop after so many frames.")] = None,
-    baseline: Annotated[int, typer.Option(help="Also run plain diffusers on so many of the frames, and compare.")] = 0,
+    frames: Annotated[int | None, typer.Option(min=1, help="Stop after so many frames.")] = None,
+    baseline: Annotated[
+        int, typer.Option(min=0, help="Also run plain diffusers on so many of the frames, and compare.")
+    ] = 0,
     model: Model = None,
     plan: PlanOption = None,
     compile: Compile = None,
@@ -109,35 +113,35 @@ def stream(
     source: Annotated[
         str | None, typer.Option(help="Live: camera, camera:1, screen, a URL, a file, a folder, or - (raw frames).")
     ] = None,
-    sink: Annotated[str, typer.Option(help="Live: a file, a folder, an RTMP or SRT URL, window, virtual, or -.")] = "-",
+    sink: Annotated[
+        str, typer.Option(help="Live: a file, a folder, an RTMP, UDP or SRT URL, window, virtual, or -.")
+    ] = "-",
     fps: Annotated[float, typer.Option(help="Live: pace of files and folders, and of the sink.")] = 30.0,
     seconds: Annotated[float | None, typer.Option(help="Live: end after so long.")] = None,
     target_ms: Annotated[float | None, typer.Option(help="Live: age of pictures to keep.")] = None,
     record: Annotated[Path | None, typer.Option(help="Live: write a .fdrec for fastdiff replay.")] = None,
 ) -> None:
     """Turn a video into another, frame by frame, as fast as this machine can."""
-    from fastdiff_app import images
+    from fastdiff_app import images, modes
     from fastdiff_app.stream import StreamJob, draw_demo
     from fastdiff_app.stream import stream as run
     from fastdiff_app.video_models import from_noise, is_video
 
-    for wrong, what in (
-        (not 1 <= steps <= 50, f"--steps must be from 1 to 50, not {steps}"),
+    for wrong, what in (  # a range of typer's lets NaN pass, and has no open end
         (not 0 < strength <= 1, f"--strength must be above 0 and at most 1, not {strength}"),
         (not 0 <= guidance_scale <= 100, f"--guidance-scale must be from 0 to 100, not {guidance_scale}"),
-        (not 1 <= frame_buffer <= 64, f"--frame-buffer must be from 1 to 64, not {frame_buffer}"),
-        (frames is not None and frames < 1, f"--frames must be at least 1, not {frames}"),
-        (baseline < 0, f"--baseline must not be negative, not {baseline}"),
     ):
         if wrong:
             raise Failure(ExitCode.USAGE, what)
+    mode = modes.mode_of(demo, source is not None, input is not None, is_video(model))
+    modes.check_options(mode, [name for name in ctx.params if _given(ctx, name)])
     common: dict[str, Any] = dict(
         steps=steps,
         strength=strength,
         guidance=guidance,
         guidance_scale=guidance_scale,
         sampler=sampler,
-        noise=noise,
+        noise=noise or ("fresh" if mode == "noise" else "fixed"),
         frame_buffer=frame_buffer,
         seed=seed,
         negative=negative,
@@ -153,19 +157,23 @@ def stream(
 
         return run_live(source, sink, prompt, fps, seconds, target_ms, json, record, common)
     if demo:
-        if any(value is not None for value in (input, prompt, output, json, sheet)):
-            raise Failure(ExitCode.USAGE, "--demo brings its own clip, prompt and files; leave the others out")
         job, truth = draw_demo(baseline, common)
         run(job, truth)
         return
-    if prompt is None or output is None or (input is None and not is_video(model)):
+    if prompt is None or output is None or (input is None and mode == "file"):
         raise Failure(ExitCode.USAGE, "--input, --prompt and --output are needed (or --demo)")
     if not prompt.strip():
         raise Failure(ExitCode.USAGE, "the prompt is empty")
     if input is None:
-        from_noise(StreamJob(Path(), prompt, output, **common), frames)
+        from_noise(StreamJob(Path(), prompt, output, json, **common))
         return
     run(StreamJob(input, prompt, output, json, sheet, baseline=baseline, **common))
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    """Whether the user wrote an option, whatever it says."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and not source.name.startswith("DEFAULT")
 
 
 @app.command()

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 class Method(Protocol):
     """One way. `push` takes a uint8 [H, W, 3] frame; both return what became ready, float [H, W, 3] in 0..1."""
 
-    def push(self, frame: "np.ndarray", frame_id: int) -> "Ready": ...
+    def push(self, frame: "np.ndarray", frame_id: int) -> "Ready":
+        """Take uint8 ``[H, W, 3]``; give what became ready, float ``[H, W, 3]`` in 0..1 by frame id."""
+        ...
 
-    def flush(self) -> "Ready": ...
+    def flush(self) -> "Ready":
+        """Give what is still inside, float ``[H, W, 3]`` in 0..1 by frame id."""
+        ...
 
 
 class DiffusersLoop:
@@ -35,6 +39,7 @@ class DiffusersLoop:
         self.pipe, self.prompt, self.seed, self.options = pipe, prompt, seed, options
 
     def push(self, frame: "np.ndarray", frame_id: int) -> "Ready":
+        """Make the picture of uint8 ``[H, W, 3]`` now: float ``[H, W, 3]`` in 0..1."""
         import torch
         from PIL import Image
 
@@ -48,6 +53,7 @@ class DiffusersLoop:
         return [(frame_id, made.images[0])]
 
     def flush(self) -> "Ready":
+        """Nothing: every frame came out when it went in."""
         return []
 
 
@@ -89,9 +95,11 @@ class StreamLoop:
         self.stream = stream
 
     def push(self, frame: "np.ndarray", frame_id: int) -> "Ready":
+        """Put uint8 ``[H, W, 3]`` in; give those that came out, float ``[H, W, 3]`` in 0..1."""
         return _arrived(lambda: self.stream.push(frame, frame_id))
 
     def flush(self) -> "Ready":
+        """Finish the frames inside, float ``[H, W, 3]`` in 0..1."""
         return _arrived(self.stream.flush)
 
 

@@ -82,6 +82,8 @@ def stream(job: StreamJob, demo: Demo | None = None) -> Record:
     source = video.VideoSource(job.input)
     if job.baseline and is_video(job.model):
         raise Failure(ExitCode.USAGE, "--baseline compares image models; fastdiff bench video compares video models")
+    if job.frame_buffer > 1 and is_video(job.model):
+        raise Failure(ExitCode.USAGE, "--frame-buffer belongs to image models; frames of a video model enter in chunks")
     plan = read_plan(job.plan, job.compile)
     pipe = load_pipeline(job.model, "image-to-image")
     height, width = job.size or native_size(pipe)

@@ -1,5 +1,8 @@
 """Video models where image models are: what tells them apart, their size, and streams made of them."""
 
+import json
+import re
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 from time import perf_counter
@@ -12,6 +15,7 @@ from fastdiff_app.failures import ExitCode, Failure, one_line
 if TYPE_CHECKING:
     from fastdiff_app.stream import StreamJob
 
+_NAMED = re.compile(r"(?:(?i:(?:^|[-_])wan)|(?<=[a-z])Wan)(?=[-_\d.]|$)")
 FPS = 16
 FRAMES = 97
 
@@ -22,8 +26,12 @@ def is_video(model: str | None) -> bool:
         return False
     index = Path(model).expanduser() / "model_index.json"
     if index.is_file():
-        return '"Wan' in index.read_text("utf-8")
-    return "wan" in model.lower().rsplit("/", 1)[-1]
+        try:
+            named = json.loads(index.read_text("utf-8"))["_class_name"]
+        except (ValueError, KeyError, TypeError):
+            return False  # loading it says what is wrong with it
+        return str(named).startswith("Wan")
+    return _NAMED.search(model.rstrip("/").rsplit("/", 1)[-1]) is not None
 
 
 def makes_video(pipe: Any) -> bool:
@@ -59,25 +67,24 @@ def open_video(pipe: Any, prompt: str, height: int, width: int, settings: dict[s
     return stream
 
 
-def from_noise(job: "StreamJob", frames: int | None) -> dict[str, float]:
-    """Video from a prompt alone into a file; gives its number of frames, first frame's wait and frames a second."""
+def from_noise(job: "StreamJob") -> dict[str, Any]:
+    """Video from a prompt alone into a file; gives its ledger."""
     from fastdiff_app.engine import accelerated, load_pipeline, read_plan
-    from fastdiff_app.outputs import check_writable
+    from fastdiff_app.outputs import check_writable, write_json
     from fastdiff_pipelines import NotFinite
     from fastdiff_pipelines.rollout import ChunkRollout
     from fastdiff_pipelines.rollout.rollout import native_size
 
     check_writable(job.output, video.SUFFIXES)
+    if job.json:
+        check_writable(job.json, (".json",))
     pipe = load_pipeline(job.model, "text-to-image")
     height, width = job.size or native_size(pipe)
-    wanted = frames or FRAMES
-    options: dict[str, Any] = {"steps": job.steps, "seed": job.seed, "negative_prompt": job.negative}
-    if job.guidance == "full":
-        options["guidance_scale"] = job.guidance_scale
+    wanted = job.most_frames or FRAMES
     with accelerated(pipe, read_plan(job.plan, job.compile), job.strict):
         try:
-            rollout = ChunkRollout(pipe, height=height, width=width, **options)
-            session = rollout.open(job.prompt, fps=FPS)
+            rollout = ChunkRollout(pipe, height=height, width=width)
+            session = rollout.open(job.prompt, fps=FPS, **_rollout_options(job))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise Failure(ExitCode.USAGE, f"the rollout cannot be set up: {one_line(error)}") from error
         began, written = perf_counter(), 0
@@ -94,8 +101,25 @@ def from_noise(job: "StreamJob", frames: int | None) -> dict[str, float]:
             except NotFinite as error:
                 raise Failure(ExitCode.MODEL, one_line(error)) from error
             spent = perf_counter() - began
-        first = session.ledger.first_frame_ms or 0.0
-    found = {"frames": float(written), "first_frame_ms": first, "fps": written / spent}
-    pace = f"the first after {first:.0f} ms, {found['fps']:.1f} a second"
+        found = session.ledger.summary()
+    if job.json:
+        write_json(job.json, found)
+    pace = f"the first after {found['first_frame_ms'] or 0.0:.0f} ms, {written / spent:.1f} a second"
     out.print(f"{written} frames of {width}x{height}, {pace}: {job.output}", markup=False)
     return found
+
+
+def _rollout_options(job: "StreamJob") -> dict[str, Any]:
+    """What a job's settings, which are those of image streams, mean for a session from noise.
+
+    Raises:
+        ValueError: what is not possible for video, in a line.
+    """
+    from fastdiff_pipelines.rollout import RolloutSettings
+    from fastdiff_pipelines.rollout.stream import rollout_settings
+    from fastdiff_pipelines.settings import Settings
+
+    before = RolloutSettings((job.prompt,))
+    made = rollout_settings(Settings(job.prompt, **job.settings()), before)
+    names = [field.name for field in fields(made) if field.name != "prompts"]
+    return {name: getattr(made, name) for name in names if getattr(made, name) != getattr(before, name)}

@@ -22,6 +22,8 @@ class LiveJob:
         fps: at which files and folders are played, and sinks are told; live sources come as they come.
         json: where the ledger goes.
         record: where the recording goes.
+        frames: how many of the source's frames are taken at most.
+        compile, strict: of the plan.
     """
 
     source: str
@@ -35,6 +37,9 @@ class LiveJob:
     seconds: float | None = None
     json: Path | None = None
     record: Path | None = None
+    frames: int | None = None
+    compile: bool | None = None
+    strict: bool = False
 
 
 def stream(
@@ -52,7 +57,8 @@ def stream(
     names = ("steps", "strength", "guidance", "guidance_scale", "sampler", "noise", "seed")
     settings = {"prompt": prompt or "", "negative_prompt": common["negative"]} | {one: common[one] for one in names}
     model, plan, size = (common[name] for name in ("model", "plan", "size"))
-    run(LiveJob(source, sink, settings, model, plan, size, fps, target_ms, seconds, json, record))
+    others = {"frames": common["most_frames"], "compile": common["compile"], "strict": common["strict"]}
+    run(LiveJob(source, sink, settings, model, plan, size, fps, target_ms, seconds, json, record, **others))
 
 
 def run(job: LiveJob) -> dict[str, Any]:
@@ -63,7 +69,7 @@ def run(job: LiveJob) -> dict[str, Any]:
     for path, suffix in ((job.json, ".json"), (job.record, ".fdrec")):
         if path is not None:
             outputs.check_writable(path, (suffix,))
-    from fastdiff_app.live.model import LiveModel
+    from fastdiff_app.live.model import NO_REPLAY, LiveModel
     from fastdiff_app.live.sinks import sink
     from fastdiff_app.live.sources import frames
     from fastdiff_pipelines.live import LiveSession, LiveWorker, Recording
@@ -73,14 +79,18 @@ def run(job: LiveJob) -> dict[str, Any]:
     with ExitStack() as held:
         try:
             settings = Settings(**job.settings)
-            model = LiveModel(job.model, settings, job.plan, job.size, job.target_ms, 1000 / job.fps)
+            model = LiveModel(job.model, settings, job.plan, job.size, job.target_ms, 1000 / job.fps,
+                              job.compile, job.strict)  # fmt: skip
             held.enter_context(model)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise Failure(ExitCode.USAGE, f"the session cannot be set up: {one_line(error)}") from error
         assert model.size is not None
         recording = None
+        if job.record is not None and not model.replays:
+            raise Failure(ExitCode.USAGE, f"--record with --target-ms: {NO_REPLAY}; leave one of them out")
         if job.record is not None:
-            about = {"model": job.model, "plan": job.plan, "size": model.size, "settings": job.settings}
+            about = {"model": job.model, "plan": job.plan, "compile": job.compile, "size": model.size}
+            about["settings"] = job.settings
             recording = held.enter_context(closing(Recording(job.record, about)))
         problems: list[str] = []
         session = LiveSession(
@@ -94,7 +104,7 @@ def run(job: LiveJob) -> dict[str, Any]:
         write = held.enter_context(sink(job.sink, job.fps, *model.size))
         feeder = _Feeder(session, worker, frames(job.source, *model.size), job)
         _until_ended(session, worker, feeder, write, model.size)
-        found = session.ledger.summary() | {"problems": problems[:20]}
+        found = session.summary() | {"problems": problems[:20]}
     if feeder.failure is not None:
         raise feeder.failure
     if job.json is not None:
@@ -123,10 +133,14 @@ class _Feeder(threading.Thread):
                 timed = paced(self.found, self.job.fps, clock)
             began = clock()
             for number, (captured, frame) in enumerate(timed):
-                if self.ended.is_set() or (self.job.seconds is not None and captured - began >= self.job.seconds):
+                late = self.job.seconds is not None and captured - began >= self.job.seconds
+                if self.ended.is_set() or late:
                     return
                 self.session.offer(frame, number, captured)
                 self.worker.wake()
+                # not with the next one, which a source may not have
+                if number + 1 == self.job.frames:
+                    return
         except Exception as error:
             # after the end it is only the session that takes no more
             self.failure = None if self.ended.is_set() else error
@@ -189,7 +203,8 @@ def replay(path: Path, model: str | None, plan: str | None, sink_target: str | N
         raise Failure(ExitCode.INPUT, f"{path} is not a whole recording: {one_line(error)}") from error
     with ExitStack() as held:
         name = about["model"] if model is None else model
-        made = held.enter_context(LiveModel(name, settings, plan or about["plan"], size))  # type: ignore[arg-type]
+        live = LiveModel(name, settings, plan or about["plan"], size, compile=about.get("compile"))  # type: ignore[arg-type]
+        made = held.enter_context(live)
         write = held.enter_context(sink(sink_target, fps, *size)) if sink_target else None  # type: ignore[misc]
         try:
             found = run_again(path, made.open, made.lora, (lambda one: write(one.image)) if write else lambda one: None)
@@ -205,5 +220,7 @@ def _say(found: dict[str, Any]) -> None:
     dropped = ", ".join(f"{count} {cause}" for cause, count in frames["dropped"].items()) or "none"
     ages = "" if age is None else f"; age p50 {age['p50']:.0f} ms, p95 {age['p95']:.0f}, p99 {age['p99']:.0f}"
     err.print(f"{frames['in']} frames in, {frames['shown']} shown, dropped: {dropped}{ages}", markup=False)
+    if found["pace"] is not None and not found["pace"]["fits"]:
+        err.print(f"the target could not be kept ({found['pace']['now']})", markup=False, style="yellow")
     for problem in found["problems"][:3]:
         err.print(problem, markup=False, style="yellow")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,9 +17,13 @@ from fastdiff_app.video_models import makes_video
 from fastdiff_pipelines.live import Budget, Controls, DeadlineController, IdentityStream, LiveLora, Rung, measure
 from fastdiff_pipelines.settings import Settings
 
+if TYPE_CHECKING:
+    from fastdiff import Plan
+
 IDENTITY = "identity"
 IDENTITY_SIZE = (512, 512)
 CHEAPEST = "fast"
+NO_REPLAY = "a video model keeps a target by the clock, so no replay would give the same pictures"
 
 
 @dataclass
@@ -31,6 +35,8 @@ class LiveModel:
         settings: what viewers get at first.
         size: (height, width), or None for the model's own.
         target_ms: age that pictures should not exceed; None leaves settings alone.
+        interval_ms: from one frame of the camera to the next.
+        compile, strict: of the plan, as `read_plan` and `accelerated` take them.
     """
 
     name: str | None
@@ -39,6 +45,8 @@ class LiveModel:
     size: tuple[int, int] | None = None
     target_ms: float | None = None
     interval_ms: float = 1000 / 30
+    compile: bool | None = None
+    strict: bool = False
     pipe: Any = None
     lora: LiveLora | None = None
     report: str = ""
@@ -54,15 +62,29 @@ class LiveModel:
         return self.name or "mini-sd, the embedded miniature"
 
     def __enter__(self) -> LiveModel:
-        plan = read_plan(self.plan)
+        plan = read_plan(self.plan, self.compile)
         if self.name == IDENTITY:
             self.size = self.size or IDENTITY_SIZE
             return self
+        # what fails on the way in is never left, so it undoes itself
+        with self._held as held:
+            self._enter(plan)
+            self._held = held.pop_all()
+        return self
+
+    @property
+    def replays(self) -> bool:
+        """Whether a recorded session can be run again to the same pictures."""
+        return self.rollout is None or self.target_ms is None
+
+    def _enter(self, plan: Plan) -> None:
+        self._held.callback(self._others.clear)
+        self._held.callback(self._measured.clear)
         self.pipe = load_pipeline(self.name, "image-to-image")
         if any(hasattr(one, "lora_A") for one in self.pipe.unet.modules()) if hasattr(self.pipe, "unet") else False:
             self.lora = LiveLora(self.pipe.unet)
         self._held.enter_context(a_processor_left(self.pipe))
-        handle = self._held.enter_context(accelerated(self.pipe, plan))
+        handle = self._held.enter_context(accelerated(self.pipe, plan, self.strict))
         self.report = str(handle.report())
         self.size = self.size or native_size(self.pipe)
         if makes_video(self.pipe):
@@ -73,7 +95,6 @@ class LiveModel:
         self.open()
         if self.target_ms is not None and self.rollout is None:
             self.rungs = worthwhile(measure(self.ladder(), self._timed), self.interval_ms)
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self._held.close()
@@ -118,7 +139,7 @@ class LiveModel:
         if plan not in self._others:
             made = load_pipeline(self.name, "image-to-image")
             # what reuses a denoiser call cannot act on a stream, whose every call holds other frames
-            cheap = read_plan(plan)
+            cheap = read_plan(plan, self.compile)
             cheap = replace(cheap, accelerations=[member for member in cheap if member.stage != "blocks"])
             self._held.enter_context(accelerated(made, cheap))
             self._others[plan] = made

@@ -18,7 +18,7 @@ import fastdiff
 from fastdiff_app.live import pictures
 from fastdiff_app.live.gate import LOCAL, Gate
 from fastdiff_app.live.metrics import exposition
-from fastdiff_app.live.model import LiveModel
+from fastdiff_app.live.model import NO_REPLAY, LiveModel
 from fastdiff_app.live.socket import BUSY, Viewer
 from fastdiff_pipelines.live import LiveSession, LiveWorker, Recording
 from fastdiff_pipelines.live.energy import energy_meter
@@ -83,6 +83,8 @@ class Live:
         """Start or end a recording; the file's name."""
         if self.serving.recordings is None:
             raise ValueError("recording is off here; start with --record FOLDER")
+        if on and not self.model.replays:
+            raise ValueError(NO_REPLAY)
         current = session.recording
         if not on:
             session.record(None)
@@ -108,8 +110,6 @@ class Live:
             viewer = Viewer(socket, self.worker, self.session, self.record, self.model.size or (512, 512))
             await socket.send_json(self.hello())
             await viewer.serve()
-            if viewer.session.recording is not None:
-                viewer.session.recording.close()
         finally:
             self.leave()
 
@@ -123,10 +123,11 @@ class Live:
             "width": width,
             "fps": round(1000 / self.model.interval_ms, 3),
             "settings": {"prompt": self.model.settings.prompt, **self.model.options()},
+            "video": self.model.rollout is not None,
             "adapters": self.model.lora.scales if self.model.lora is not None else {},
             "conditions": self.model.conditions,
             "target_ms": self.model.target_ms,
-            "records": self.serving.recordings is not None,
+            "records": self.serving.recordings is not None and self.model.replays,
         }
 
     def health(self) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def build(model: LiveModel, serving: Serving, page: bool = True) -> Any:
 
     @app.get("/ledger")
     def ledger() -> JSONResponse:
-        return JSONResponse([session.ledger.summary() for session in live.worker.sessions])
+        return JSONResponse([session.summary() for session in live.worker.sessions])
 
     @app.websocket("/live")
     async def socket(socket: WebSocket) -> None:
@@ -229,10 +230,12 @@ def certificate(host: str, folder: Path) -> Iterator[tuple[str, str]]:
         "key.pem": key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain),
         "certificate.pem": made.public_bytes(serialization.Encoding.PEM),
     }
-    paths = []
-    for file, data in parts.items():
-        path = folder / file
-        path.touch(mode=0o600)
-        path.write_bytes(data)
-        paths.append(str(path))
-    yield paths[0], paths[1]
+    paths = [folder / file for file in parts]
+    try:
+        for path, data in zip(paths, parts.values(), strict=True):
+            path.touch(mode=0o600)
+            path.write_bytes(data)
+        yield str(paths[0]), str(paths[1])
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)

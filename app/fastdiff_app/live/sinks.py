@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,17 +81,34 @@ def _standard_output(picture: np.ndarray) -> None:
 def _url(target: str, container_format: str, fps: float, height: int, width: int) -> Iterator[Callable]:
     import av
 
+    options = {"preset": "ultrafast", "tune": "zerolatency"}
+    with _sending(target):
+        container = av.open(target, "w", format=container_format)
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options=options)
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+
+    def write(picture: np.ndarray) -> None:
+        with _sending(target):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+
     try:
-        with av.open(target, "w", format=container_format) as container:
-            options = {"preset": "ultrafast", "tune": "zerolatency"}
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options=options)
-            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        yield write
+    except BaseException:
+        # what went wrong is what counts, and not that the end cannot be sent either
+        with suppress(av.FFmpegError, OSError):
+            container.close()
+        raise
+    with _sending(target), container:
+        container.mux(stream.encode(None))
 
-            def write(picture: np.ndarray) -> None:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
 
-            yield write
-            container.mux(stream.encode(None))
+@contextmanager
+def _sending(target: str) -> Iterator[None]:
+    """Says of what the block does with an address what went wrong."""
+    import av
+
+    try:
+        yield
     except av.ProtocolNotFoundError as error:
         scheme = target.partition("://")[0]
         said = f"this PyAV's FFmpeg knows no {scheme}; send to rtmp or udp, or build PyAV against one that does"
@@ -139,7 +156,15 @@ def _virtual(fps: float, height: int, width: int) -> Iterator[Callable]:
     import pyvirtualcam  # type: ignore[import-not-found]
 
     try:
-        with pyvirtualcam.Camera(width=width, height=height, fps=fps) as made:
-            yield made.send
+        camera = pyvirtualcam.Camera(width=width, height=height, fps=fps)
     except RuntimeError as error:
         raise Failure(ExitCode.OUTPUT, f"no virtual camera: {one_line(error)}") from error
+
+    def write(picture: np.ndarray) -> None:
+        try:
+            camera.send(picture)
+        except RuntimeError as error:
+            raise Failure(ExitCode.OUTPUT, f"the virtual camera takes no picture: {one_line(error)}") from error
+
+    with camera:
+        yield write

@@ -213,8 +213,9 @@ class Viewer:
     async def _report(self) -> None:
         while not self.session.closed:
             await asyncio.sleep(REPORT_S)
-            rung = self.session.controller.rung.name if self.session.controller is not None else None
-            await self._say(type="ledger", ledger=self.session.ledger.summary(), rung=rung)
+            found = self.session.summary()
+            rung = found["pace"]["now"] if found["pace"] is not None else None
+            await self._say(type="ledger", ledger=found, rung=rung)
 
     async def _say(self, **message: Any) -> None:
         async with self._sending:

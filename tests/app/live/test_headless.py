@@ -35,6 +35,14 @@ def test_a_file_paced_in_real_time_goes_through_and_its_ledger_adds_up(program, 
     assert video.VideoSource(tmp_path / "out.mp4").frames == frames["shown"]
 
 
+def test_a_live_stream_ends_after_the_wanted_frames(program, clip: Path) -> None:
+    ran = program(*STREAM, "--source", clip, "--sink", "out.mp4", "--fps", 60, "--frames", 3, "--json", "ledger.json")
+    assert ran.code == 0, ran.err
+    found = json.loads(Path("ledger.json").read_text())
+    assert found["frames"]["in"] == 3
+    assert found["pace"] is None
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("untrained_model")
 def test_twenty_seconds_through_a_model_are_accounted_for(program, tmp_path: Path) -> None:

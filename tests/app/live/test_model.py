@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+import fastdiff
 from fastdiff_app.live.model import LiveModel, worthwhile
 from fastdiff_pipelines.live import Rung
 from fastdiff_pipelines.settings import Settings
@@ -29,6 +30,38 @@ def test_a_model_on_the_cpu_leaves_a_processor_to_everything_else(monkeypatch: p
     with LiveModel(None, Settings("a red circle", steps=1), plan="none"):
         assert torch.get_num_threads() == max(1, before - 1)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.usefixtures("untrained_model")
+def test_what_fails_on_the_way_in_leaves_nothing_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdiff_app.live import model as module
+
+    before, pipes = torch.get_num_threads(), []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(before)), raising=False)
+    whole = module.load_pipeline
+    monkeypatch.setattr(module, "load_pipeline", lambda *words: pipes.append(whole(*words)) or pipes[-1])
+    live = LiveModel(None, Settings("a red circle", sampler="euler"))
+    with pytest.raises(ValueError, match="euler"), live:
+        pass
+    assert torch.get_num_threads() == before
+    # refused where a plan is applied already
+    fastdiff.accelerate(pipes[0], "exact").remove()
+
+
+def test_a_plan_is_taken_with_compile_and_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdiff_app.live import model as module
+
+    class Enough(Exception):
+        pass
+
+    def accelerated(pipe: object, plan: fastdiff.Plan, strict: bool) -> None:
+        assert strict and any(type(one).__name__ == "Compile" for one in plan)
+        raise Enough
+
+    monkeypatch.setattr(module, "load_pipeline", lambda *words: object())
+    monkeypatch.setattr(module, "accelerated", accelerated)
+    with pytest.raises(Enough), LiveModel(None, Settings(""), "none", compile=True, strict=True):
+        pass
 
 
 @pytest.mark.usefixtures("untrained_model")

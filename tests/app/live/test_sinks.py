@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fastdiff_app import images
-from fastdiff_app.failures import Failure
+from fastdiff_app.failures import ExitCode, Failure
 from fastdiff_app.live.sinks import sink
 
 
@@ -108,6 +108,48 @@ def test_an_address_that_ffmpeg_does_not_know_says_which_ones_it_does(monkeypatc
     monkeypatch.setattr(av, "open", unknown)
     with pytest.raises(Failure, match="knows no srt; send to rtmp or udp"), sink("srt://127.0.0.1:9", 30, 64, 64):
         pass
+
+
+def _virtual_camera(folder: Path, send: str) -> None:
+    (folder / "pyvirtualcam.py").write_text(
+        "class Camera:\n"
+        "    closed = False\n"
+        "    def __init__(self, width, height, fps):\n"
+        "        if fps > 100: raise RuntimeError('no loopback device')\n"
+        "    def __enter__(self): return self\n"
+        "    def __exit__(self, *_): Camera.closed = True\n"
+        f"    def send(self, picture): {send}\n"
+    )
+
+
+def test_a_virtual_camera_answers_for_its_own_errors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _virtual_camera(tmp_path, "raise RuntimeError('unplugged')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Failure, match="no virtual camera: no loopback"), sink("virtual", 200, 8, 8):
+        pass
+    with pytest.raises(Failure, match="takes no picture: unplugged") as caught, sink("virtual", 25, 8, 8) as write:
+        write(np.zeros((8, 8, 3), np.uint8))
+    assert caught.value.code == ExitCode.OUTPUT
+    with pytest.raises(RuntimeError, match="out of memory"), sink("virtual", 25, 8, 8):
+        raise RuntimeError("CUDA out of memory")
+    assert sys.modules.pop("pyvirtualcam").Camera.closed
+
+
+@pytest.mark.parametrize("error", [OSError("the source is gone"), ValueError("a mistake")])
+def test_an_address_answers_for_its_own_errors_only(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, sink("udp://127.0.0.1:9", 30, 64, 64):
+        raise error
+    assert caught.value is error
+
+
+def test_an_address_that_goes_away_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(av.VideoFrame, "from_ndarray", _gone)
+    with pytest.raises(Failure, match="cannot send to udp"), sink("udp://127.0.0.1:9", 30, 64, 64) as write:
+        write(np.zeros((64, 64, 3), np.uint8))
+
+
+def _gone(*words: object, **options: object) -> None:
+    raise BrokenPipeError(32, "Broken pipe")
 
 
 def test_a_virtual_camera_gets_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,10 @@ function label(slider) {
   const input = slider.querySelector("input"), name = slider.dataset.name;
   slider.querySelector("output").textContent = name === "seconds" ? (+input.value).toFixed(1) + " s" : (name === "steps" || name === "seed") ? input.value : (+input.value).toFixed(2);
 }
-const fade = () => +element.querySelector('[data-name="seconds"] input').value;
+// a video model blends neither prompts nor seeds, and guides with a negative prompt or not at all
+const GUIDED = about.video ? "full" : "self";
+for (const one of element.querySelectorAll('[data-name="seconds"], .fd-check')) one.hidden = about.video;
+const fade = () => about.video ? 0 : +element.querySelector('[data-name="seconds"] input').value;
 element.addEventListener("input", (event) => {
   const slider = event.target.closest(".fd-slider");
   if (slider) {
@@ -180,7 +183,7 @@ element.addEventListener("input", (event) => {
     const name = slider.dataset.name, value = +event.target.value;
     if (name === "seconds") return;
     if (name === "control" || name === "image_prompt") { if (S.conditions.has(name)) set({ [name]: { scale: value } }); return; }
-    set(name === "guidance_scale" ? { guidance: value > 1 ? "self" : "none", guidance_scale: value } : { [name]: value }, name === "seed" ? fade() : 0);
+    set(name === "guidance_scale" ? { guidance: value > 1 ? GUIDED : "none", guidance_scale: value } : { [name]: value }, name === "seed" ? fade() : 0);
   }
   if (event.target === $("prompt")) { clearTimeout(S.typing); S.typing = setTimeout(() => { if ($("prompt").value.trim()) set({ prompt: $("prompt").value }, fade()); }, 250); }
 });
@@ -217,7 +220,7 @@ async function go(kind) {
     root.dataset.state = kind; $("stop").disabled = $("snap").disabled = false;
     const changes = { prompt: $("prompt").value || S.hello.settings.prompt };
     for (const slider of element.querySelectorAll(".fd-slider[data-touched]")) if (slider.dataset.name in S.hello.settings || slider.dataset.name.startsWith("lora:")) changes[slider.dataset.name] = +slider.querySelector("input").value;
-    if (changes.guidance_scale > 1) changes.guidance = "self";
+    if (changes.guidance_scale > 1) changes.guidance = GUIDED;
     set(changes);
     S.pings = setInterval(ping, 1000); S.drawing = setInterval(draw, 100);
     kind === "camera" ? watch() : animate();
