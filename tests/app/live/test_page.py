@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.chromium import browser, find
+from fastdiff.miniature import wan
 from fastdiff.miniature.detector import detect
 from fastdiff_app.live.model import LiveModel
 from fastdiff_pipelines.settings import Settings
@@ -40,6 +41,14 @@ def _becomes(page: Any, **wanted: str) -> None:
     raise AssertionError(f"wanted {wanted}, the last of 400 pictures shows {seen}")
 
 
+def _moved(page: Any, selector: str, value: str) -> None:
+    page.run(f"""(() => {{
+        const box = document.querySelector({selector!r});
+        box.value = {value!r};
+        box.dispatchEvent(new Event("input", {{ bubbles: true }}));
+    }})()""")
+
+
 def test_the_picture_becomes_what_the_prompt_says_and_something_else_with_the_next(live_server) -> None:
     model = LiveModel(None, Settings("a big green circle on a plain white background", steps=2, strength=0.75))
     with live_server(model, page=True) as server, browser() as page:
@@ -48,16 +57,36 @@ def test_the_picture_becomes_what_the_prompt_says_and_something_else_with_the_ne
         page.run("document.querySelector('.fd-clip').click()")
         page.until(f"{STATE}.shown > 3", 120)
         _becomes(page, colour="green", shape="circle", background="white")
-        page.run("""(() => {
-            const box = document.querySelector(".fd-prompt");
-            box.value = "a big yellow square on a plain blue background";
-            box.dispatchEvent(new Event("input", { bubbles: true }));
-        })()""")
+        _moved(page, ".fd-prompt", "a big yellow square on a plain blue background")
         _becomes(page, colour="yellow", shape="square", background="blue")
         page.until(f"{STATE}.ledger.prompt_to_pixel_frames !== null", 60)
         ids = page.run(f"{STATE}.ids")
         assert page.complaints == []
     assert all(b > a for a, b in pairwise(ids))
+
+
+def test_the_page_of_a_video_model_changes_the_prompt_and_offers_no_fade(live_server, tmp_path) -> None:
+    wan.untrained().save_pretrained(tmp_path / "model")
+    model = LiveModel(str(tmp_path / "model"), Settings("a red circle", steps=1), plan="none", size=(32, 32))
+    with live_server(model, page=True) as server, browser() as page:
+        page.go(f"http://{server.address}/")
+        page.until("!!document.querySelector('.fd-clip')", 120)
+        assert page.run("document.querySelector('[data-name=seconds]').offsetParent === null")
+        assert page.run("document.querySelector('.fd-check').offsetParent === null")
+        page.run("document.querySelector('.fd-clip').click()")
+        page.until(f"{STATE}.shown > 3", 120)
+        (session,) = server.live.worker.sessions
+        stream = session._stream
+        _moved(page, ".fd-prompt", "a blue square")
+        _moved(page, "[data-name=guidance_scale] input", "3")
+        for _ in range(200):
+            if (stream.settings.prompt, stream.settings.guidance) == ("a blue square", "full"):
+                break
+            shown = page.run(f"{STATE}.shown")
+            page.until(f"{STATE}.shown > {shown}", 60)
+        assert (stream.settings.prompt, stream.settings.guidance) == ("a blue square", "full")
+        assert page.run(f"{STATE}.errors") == []
+        assert page.complaints == []
 
 
 def _open(page: Any, name: str) -> None:
