@@ -18,6 +18,8 @@ from torch import Tensor
 from fastdiff.acceleration import Unsupported
 from fastdiff.anatomy import forward_names
 
+_PROMPT_EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
+
 
 class FeatureList:
     """Chunks of an autoencoder like Wan's: one frame, then four at a time; a latent at a time back."""
@@ -29,6 +31,10 @@ class FeatureList:
         self.vae = vae
         self.patch = getattr(vae.config, "patch_size", None)
         self.told_first = "first_chunk" in forward_names(vae.decoder)
+
+    def of_clip(self, count: int) -> list[int]:
+        """Latent frames of each chunk in which a clip of ``count`` of them is decoded."""
+        return [1] * count
 
     def empty(self, part: str) -> list[Any]:
         """The cache of the "encoder" or "decoder" before its first chunk."""
@@ -66,6 +72,18 @@ class ConvolutionCache:
         sample = getattr(vae, "num_sample_frames_batch_size", step)
         self.frames = (sample + 1, sample)
         self.cut = 0 if self.encodes else vae.temporal_compression_ratio - 1
+
+    def of_clip(self, count: int) -> list[int]:
+        """Latent frames of each chunk in which a clip of ``count`` of them is decoded: what is over comes first.
+
+        Mochi's comes last.
+        """
+        later = self.latents[1]
+        over = count % later
+        if not self.encodes:
+            return [later] * (count // later) + [over] * bool(over)
+        first = min(count, later + over)
+        return [first] + [later] * ((count - first) // later)
 
     def empty(self, part: str) -> None:
         """The cache before the first chunk."""
@@ -194,6 +212,7 @@ def helios_loop(pipe: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
     The pipeline's scheduler is copied; with `prompt_embeds` among the inputs the text encoder is not asked.
 
     Raises:
+        TypeError: a name that the pipeline's loop does not know.
         Unsupported: another pipeline.
     """
     from diffusers import HeliosModularPipeline, HeliosPipeline
@@ -210,11 +229,17 @@ def helios_loop(pipe: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
     if scale is not None:
         components.update_components(guider=components.guider.new(guidance_scale=scale))
     blocks = components.blocks
+    known = {expected.name for expected in blocks.inputs if expected.name} | set(_PROMPT_EMBEDS)
+    unknown = sorted(inputs.keys() - known)
+    if unknown:
+        raise TypeError(
+            f"{', '.join(unknown)} is no input of Helios' chunks; these are: {', '.join(sorted(known))}, guidance_scale"
+        )
     state = PipelineState()
     for expected in blocks.inputs:
         if expected.name is not None:
             state.set(expected.name, inputs.get(expected.name, expected.default), expected.kwargs_type)
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
+    for name in _PROMPT_EMBEDS:
         state.set(name, inputs.get(name), "denoiser_input_fields")
     for name, block in blocks.get_execution_blocks(**inputs).sub_blocks.items():
         if isinstance(block, LoopSequentialPipelineBlocks):

@@ -12,7 +12,8 @@ Keys come in turned by row and column and not by frame; `fastdiff.video.rotary` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +100,6 @@ class KeyValueCache:
         self.values = FrameStore(shape, storage, dtype, device)
         self.stamps = torch.full((rows, frames), -1, dtype=torch.int64, device=device)
         self.counts = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.evictions = torch.zeros(rows, dtype=torch.int64, device=device)
         self._means = None
         if sinks and evict_below is not None:
             self._means = torch.zeros(2, layers, rows, frames, heads * width, dtype=torch.float32, device=device)
@@ -201,18 +201,33 @@ class KeyValueCache:
         Raises:
             ValueError: the rows hold different numbers of frames; ask for them apart.
         """
-        counts = {self._held[row] for row in (range(self.rows) if rows is None else rows)}
-        if len(counts) > 1:
-            raise ValueError(f"rows {list(rows or range(self.rows))} hold different numbers of frames; ask for one")
-        held = counts.pop()
-        if self._inputs is None or self._told is None or not held:
+        if self._inputs is None or self._told is None or not self._alike(rows):
             return None
         chosen = self._index(rows)
         stamps = self._of(self.stamps, chosen)
-        order = torch.where(stamps < 0, _FAR, stamps).argsort(dim=1, stable=True)[:, :held]  # [B, H]
+        order = torch.where(stamps < 0, _FAR, stamps).argsort(dim=1, stable=True)[:, : self._alike(rows)]  # [B, H]
         inputs, told = self._of(self._inputs, chosen), self._of(self._told, chosen)
         across = torch.arange(len(order), device=order.device)[:, None]
         return inputs[across, order].transpose(1, 2), told[across, order]
+
+    def moments(self, rows: Sequence[int] | None = None) -> Tensor:
+        """When the kept frames of ``rows`` were, counted from the first frame of all: ``[B, H]``, oldest first."""
+        stamps = self._of(self.stamps, self._index(rows))
+        return torch.where(stamps < 0, _FAR, stamps).sort(dim=1).values[:, : self._alike(rows)]
+
+    @contextmanager
+    def again(self, moments: Tensor, rows: Sequence[int] | None = None) -> Iterator[None]:
+        """Forget the frames of ``rows``, to commit them again inside the block, as many as there are ``moments``.
+
+        They stand in time where they stood (`moments`), and so does what comes after them.
+        """
+        self.clear(rows)
+        index, count = self._index(rows), moments.shape[1]
+        chosen = self._all if index is None else index
+        self.counts[chosen] = moments[:, -1] + 1 - count
+        yield
+        # an empty ring is filled slot by slot
+        self.stamps[chosen, :count] = moments
 
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Forget every frame of ``rows`` (all of them if None)."""
@@ -222,6 +237,13 @@ class KeyValueCache:
         self.counts[chosen] = 0
         for row in range(self.rows) if rows is None else rows:
             self._held[row] = 0
+
+    def _alike(self, rows: Sequence[int] | None) -> int:
+        """Frames that each of these rows holds."""
+        counts = {self._held[row] for row in (range(self.rows) if rows is None else rows)}
+        if len(counts) > 1:
+            raise ValueError(f"rows {list(rows or range(self.rows))} hold different numbers of frames; ask for one")
+        return counts.pop()
 
     def _index(self, rows: Sequence[int] | None) -> Tensor | None:
         if rows is None or list(rows) == list(range(self.rows)):
@@ -262,7 +284,6 @@ class KeyValueCache:
                 least, which = likeness.min(-1)
                 goes = (least < self.evict_below) & ~empty.any(-1)
                 turn = torch.where(goes[:, None] & (self._slots == which[:, None]), -2 * _FAR, turn)
-                self.evictions[rows] += goes
         return turn.argsort(dim=1, stable=True)[:, :frames]
 
     def _remember(self, place: tuple[Tensor, Tensor], inputs: Tensor, timesteps: Tensor) -> None:

@@ -22,7 +22,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from fastdiff.acceleration import Unsupported
+from fastdiff.acceleration import Unsupported, check_number
 from fastdiff.anatomy_wan import wan_output, wan_problem, wan_projected, wan_query, wan_shape
 from fastdiff.hooks import Hooks, Requests
 from fastdiff.video import rotary
@@ -81,6 +81,7 @@ class CausalWan:
             raise Unsupported("this transformer is chunk-causal already; share that CausalWan, or remove() it first")
         self.transformer = transformer
         self.shape = wan_shape(transformer)
+        self._removed = False
         self._now = _Now()
         self._hooks = Hooks("CausalWan", Requests())
         for layer, block in enumerate(transformer.blocks):
@@ -94,6 +95,7 @@ class CausalWan:
     def remove(self) -> None:
         """Give the transformer back as it was. A second call does nothing."""
         self._hooks.undo()
+        self._removed = True
 
     def __enter__(self) -> CausalWan:
         return self
@@ -130,8 +132,8 @@ class CausalWan:
             chunk: latent frames that see each other; the last chunk may be shorter.
             offset: position in time of the first frame.
         """
-        if chunk < 1:
-            raise ValueError(f"a chunk has 1 latent frame or more, got {chunk}")
+        check_number("CausalWan", "chunk", chunk, 1, whole=True)
+        self._check_on()
         with self._during(_Pass(None, None, chunk, None, offset=offset)):
             yield
 
@@ -160,9 +162,12 @@ class CausalWan:
             commit: write these frames, or so many of the first, into the cache once the forward has succeeded.
 
         Raises:
-            ValueError: shapes that do not fit each other or the cache.
+            ValueError: shapes that do not fit each other or the cache, or an impossible number of frames.
+            RuntimeError: after `remove`.
         """
+        self._check_on()
         self._check(x, timestep, text, cache, rows, commit)
+        self._check_frames(x.shape[2], chunk, window, commit)
         text.refresh(self._embed.inner)
         kept = x.shape[2] if commit is True else int(commit)
         now = _Pass(cache, rows, chunk, text, window, kept)
@@ -189,10 +194,11 @@ class CausalWan:
         if remembered is None:
             return False
         inputs, told = (part.clone() for part in remembered)
-        cache.clear(rows)
-        for start in range(0, inputs.shape[2], cache.frames - cache.sinks):
-            part = slice(start, start + cache.frames - cache.sinks)
-            self(inputs[:, :, part], told[:, part], text, cache=cache, rows=rows, chunk=chunk, commit=True)
+        room = cache.frames - cache.sinks
+        with cache.again(cache.moments(rows), rows):
+            for start in range(0, inputs.shape[2], room):
+                part = slice(start, start + room)
+                self(inputs[:, :, part], told[:, part], text, cache=cache, rows=rows, chunk=chunk, commit=True)
         return True
 
     @contextmanager
@@ -202,6 +208,19 @@ class CausalWan:
             yield
         finally:
             self._now.value = before
+
+    def _check_on(self) -> None:
+        if self._removed:
+            raise RuntimeError("this CausalWan was removed from its transformer; make another one")
+
+    @staticmethod
+    def _check_frames(frames: int, chunk: int | None, window: int | None, commit: bool | int) -> None:
+        if chunk is not None:
+            check_number("CausalWan", "chunk", chunk, 1, whole=True)
+        if window is not None:
+            check_number("CausalWan", "window", window, 0, whole=True)
+        if not isinstance(commit, bool):
+            check_number("CausalWan", "commit", commit, 0, frames, whole=True)
 
     def _check(self, x: Tensor, timestep: Tensor, text: Text, cache: Any, rows: Any, commit: int) -> None:
         if x.dim() != 5 or x.shape[1] != self.shape.channels:
@@ -298,11 +317,6 @@ class _Processor:
         self._attention_backend = getattr(self.before, "_attention_backend", None)
         self._parallel_config = getattr(self.before, "_parallel_config", None)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
-
-
-class _SelfAttention(_Processor):
     def __call__(
         self,
         attn: Any,
@@ -312,8 +326,22 @@ class _SelfAttention(_Processor):
         rotary_emb: Any = None,
     ) -> Tensor:
         now = self.now.value
-        if now is None:
+        if now is None or not self._replaces(now):
             return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        return self._in_pass(now, attn, hidden_states)
+
+    def _replaces(self, now: _Pass) -> bool:
+        return True
+
+    def _in_pass(self, now: _Pass, attn: Any, hidden_states: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+
+
+class _SelfAttention(_Processor):
+    def _in_pass(self, now: _Pass, attn: Any, hidden_states: Tensor) -> Tensor:
         assert now.turns is not None and now.space is not None and now.time is not None
         query, key, value = wan_projected(attn, hidden_states)  # [B, F S, N, D]
         query = rotary.turn(query, now.turns)
@@ -330,17 +358,11 @@ class _SelfAttention(_Processor):
 
 
 class _CrossAttention(_Processor):
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Any = None,
-    ) -> Tensor:
-        now = self.now.value
-        if now is None or now.text is None:
-            return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+    def _replaces(self, now: _Pass) -> bool:
+        return now.text is not None
+
+    def _in_pass(self, now: _Pass, attn: Any, hidden_states: Tensor) -> Tensor:
+        assert now.text is not None
         key, value, bias = now.text.keys(self.layer, attn)
         batch = len(hidden_states)
         key, value = (part.expand(batch, -1, -1, -1) for part in (key, value))

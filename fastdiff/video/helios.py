@@ -33,8 +33,12 @@ def chunks(pipe: Any, count: int | None = None, **inputs: Any) -> Iterator[Tenso
         ``[B, 3, F, H, W]`` in -1..1, F frames a chunk.
 
     Raises:
+        TypeError: an input that Helios' loop does not know.
         Unsupported: another pipeline.
     """
+    for name in ("num_frames", "output_type"):
+        if name in inputs:
+            raise TypeError(f"chunks takes no {name}: it makes `count` chunks of frames in -1..1")
     per_chunk = inputs.get("num_latent_frames_per_chunk") or _PER_CHUNK
     components, loop, state = helios_loop(pipe, inputs | {"num_latent_frames_per_chunk": per_chunk, "num_frames": 1})
     vae = components.vae

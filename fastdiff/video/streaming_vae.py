@@ -92,13 +92,26 @@ class StreamingVAE:
             ``[B, 3, F, H, W]`` in -1..1; None where no chunk is full.
 
         Raises:
-            ValueError: a shape other than the session began with.
+            ValueError: values that are not finite, another number of channels than the autoencoder's, or a shape other
+                than the session began with.
             Unsupported: an autoencoder that is set to tile frames of this size.
         """
-        ratio = getattr(self.vae, "spatial_compression_ratio", None) or 8
-        self._check_tiling([side * ratio for side in latents.shape[-2:]], "sample")
+        self._check_latents(latents)
         frames = self._decoding.push(latents)
         return None if frames is None else self._chunks.finish(frames)
+
+    def decode_clip(self, latents: Tensor) -> Iterator[Tensor]:
+        """The frames of a whole clip, chunk by chunk as the autoencoder divides a clip of this length.
+
+        The session's own stream is not touched. Arguments and errors are those of `decode`.
+        """
+        self._check_latents(latents)
+        cache: Any = self._chunks.empty("decoder")
+        for part in latents.split(self._chunks.of_clip(latents.shape[2]), dim=2):
+            with torch.no_grad():
+                frames, cache = self._chunks.decode(part, cache)
+                frames = self._chunks.finish(frames)
+            yield frames
 
     def scaled(self, latents: Tensor) -> Tensor:
         """Latents as a denoiser sees them, of about unit variance."""
@@ -107,6 +120,18 @@ class StreamingVAE:
     def unscaled(self, latents: Tensor) -> Tensor:
         """A denoiser's latents as `decode` takes them."""
         return latents * self._deviation.to(latents) + self._mean.to(latents)
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 5:
+            raise ValueError(f"latents have the shape [B, C, F, H, W], not {list(latents.shape)}")
+        config = self.vae.config
+        channels = getattr(config, "z_dim", None) or config.latent_channels
+        if latents.shape[1] != channels:
+            raise ValueError(f"this autoencoder's latents have {channels} channels, not {latents.shape[1]}")
+        ratio = getattr(self.vae, "spatial_compression_ratio", None) or 8
+        self._check_tiling([side * ratio for side in latents.shape[-2:]], "sample")
+        if not torch.isfinite(latents).all():
+            raise ValueError("there are latents with values that are not finite; the session stands where it stood")
 
     def _check_tiling(self, size: Any, kind: str) -> None:
         limits = [getattr(self.vae, f"tile_{kind}_min_{side}", None) for side in ("height", "width")]
@@ -126,10 +151,7 @@ def decoded(vae: Any, latents: Tensor) -> Iterator[Tensor]:
         ``[B, 3, F, H, W]`` in -1..1; together what one call on the whole clip decodes to.
     """
     session = StreamingVAE(vae)
-    for latent in session.unscaled(latents).split(1, dim=2):
-        frames = session.decode(latent)
-        if frames is not None:
-            yield frames
+    yield from session.decode_clip(session.unscaled(latents))
 
 
 class _Side:
@@ -139,7 +161,6 @@ class _Side:
         self.name, self.sizes, self.run, self.cache = name, sizes, run, cache
         self.begun = False
         self.waiting: Tensor | None = None
-        self.shape: tuple[int, ...] | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -150,13 +171,11 @@ class _Side:
         """What full chunks give. Where one fails, the session stands after the last that did not."""
         if given.ndim != 5:
             raise ValueError(f"{self.name} have the shape [B, C, F, H, W], not {list(given.shape)}")
-        shape = (*given.shape[:2], *given.shape[3:])
-        if self.shape is not None and shape != self.shape:
+        if self.waiting is not None and _without_frames(given) != _without_frames(self.waiting):
             raise ValueError(
-                f"the session began with {self.name} of batch, channels, height and width {list(self.shape)} and now "
-                f"gets {list(shape)}; reset() it or begin another"
+                f"the session began with {self.name} of batch, channels, height and width "
+                f"{_without_frames(self.waiting)} and now gets {_without_frames(given)}; reset() it or begin another"
             )
-        self.shape = shape
         queue = given if self.waiting is None else torch.cat([self.waiting, given], dim=2)
         made = []
         while queue.shape[2] >= self.sizes[self.begun]:
@@ -167,6 +186,10 @@ class _Side:
             self.waiting = queue
         self.waiting = queue.clone()  # not a view: the frames before it would be kept alive
         return torch.cat(made, dim=2) if made else None
+
+
+def _without_frames(tensor: Tensor) -> list[int]:
+    return [*tensor.shape[:2], *tensor.shape[3:]]
 
 
 def _tensors(part: Any) -> list[Tensor]:

@@ -114,7 +114,11 @@ def window_weights(size: int, overlap: int) -> Tensor:
 
 
 def cut(given: dict[str, Any], layout: FrameLayout, start: int, size: int) -> dict[str, Any]:
-    """The arguments of a denoiser call for the window of ``size`` latent frames from ``start`` on."""
+    """The arguments of a denoiser call for the window of ``size`` latent frames from ``start`` on.
+
+    Raises:
+        Unsupported: an argument with frames of its own, of another number than the latents.
+    """
     latents = given[layout.name]
     rows, tokens = len(latents), _tokens(given, layout)
 
@@ -125,11 +129,18 @@ def cut(given: dict[str, Any], layout: FrameLayout, start: int, size: int) -> di
             return value
         if "rotary" in name and len(value) % layout.count == 0:  # positions of a clip that begins here
             return value[: len(value) // layout.count * size]
-        if layout.count > 1 and len(value) == rows * layout.count:  # told to each frame
+        if "scale" not in name and layout.count > 1 and len(value) == rows * layout.count:  # told to each frame
             return value.unflatten(0, (rows, layout.count))[:, start : start + size].flatten(0, 1)
         if "timestep" in name and value.ndim == 2 and value.shape[1] in (layout.count, tokens):
             each = value.shape[1] // layout.count
             return value[:, start * each : (start + size) * each]
+        if value.ndim == latents.ndim > 3 and value.shape[layout.axis] > 1:  # pictures of its own
+            if value.shape[layout.axis] != latents.shape[layout.axis]:
+                raise Unsupported(
+                    f"FrameWindows cannot cut {name}: {value.shape[layout.axis]} frames beside "
+                    f"{latents.shape[layout.axis]} of {layout.name}; leave the windows out"
+                )
+            return value.narrow(layout.axis, start * layout.each, size * layout.each)
         return value
 
     made = {name: part(name, value) for name, value in given.items() if name != layout.name}

@@ -42,8 +42,7 @@ class Session:
         self.denoiser = denoiser_for(pipe, self.height, self.width)
         self.encodes = self.decodes = 0
         self.encode_ms = self.decode_ms = 0.0
-        self._handle: Any = None
-        self._request: Any = None
+        self._accelerated = Accelerated(pipe)
         with self.running():
             self.shape = self._measure()
             self.prepared = prepare(settings, pipe.scheduler, self.denoiser, self.shape, version=0)
@@ -69,16 +68,6 @@ class Session:
     def running(self) -> AbstractContextManager[Any]:
         """Inference mode, inside the request of the pipeline's accelerations if it has any."""
         return _Running(self._accelerated())
-
-    def _accelerated(self) -> AbstractContextManager[Any]:
-        handle = getattr(type(self.pipe), "_fastdiff_handle", None)
-        if handle is None:
-            return nullcontext()
-        if handle is not self._handle:
-            refuse_step_caches(handle.plan)
-        if handle is not self._handle or self._request.closed:
-            self._handle, self._request = handle, handle.request(keep=True)
-        return self._request
 
     def prepare(self, settings: Settings) -> Prepared:
         """Settings ready to run, one version on; the session itself is not changed."""
@@ -135,6 +124,35 @@ class Session:
         for slot, picture in zip(slots, pixels, strict=False):
             slot.pixels = picture
             slot.timings.finished, slot.timings.decode_ms = finished, (finished - started) * 1000
+
+
+class Accelerated:
+    """The request in which a stream runs a pipeline's accelerations; when they are others, another one."""
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        self._handle: Any = None
+        self._request: Any = None
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        """The request to run in; nothing where the pipeline has no accelerations.
+
+        Raises:
+            Unsupported: accelerations that go by one clip's step after step.
+        """
+        handle = getattr(type(self.pipe), "_fastdiff_handle", None)
+        if handle is None:
+            return nullcontext()
+        if handle is not self._handle:
+            refuse_step_caches(handle.plan)
+        if handle is not self._handle or self._request.closed:
+            self._handle, self._request = handle, handle.request(keep=True)
+        return self._request
+
+    def close(self) -> None:
+        """Drop what the request holds."""
+        if self._request is not None:
+            self._request.close()
 
 
 def refuse_step_caches(plan: Any) -> None:

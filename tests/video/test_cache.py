@@ -135,9 +135,9 @@ def test_a_sink_that_lost_its_likeness_goes() -> None:
     keys[:, :, 6:], values[:, :, 6:] = -1, -1
     for frame in range(6):
         write(ring, keys[:, :, frame : frame + 1], values[:, :, frame : frame + 1])
-    assert set(ring.stamps[0].tolist()) == {0, 1, 4, 5} and ring.evictions.item() == 0
+    assert set(ring.stamps[0].tolist()) == {0, 1, 4, 5}
     write(ring, keys[:, :, 6:7], values[:, :, 6:7])
-    assert set(ring.stamps[0].tolist()) == {6, 1, 4, 5} and ring.evictions.item() == 1
+    assert set(ring.stamps[0].tolist()) == {6, 1, 4, 5}
     write(ring, keys[:, :, 7:8], values[:, :, 7:8])
     assert set(ring.stamps[0].tolist()) == {6, 7, 4, 5}
     never = cache(4, sinks=2, evict_below=-1.0)

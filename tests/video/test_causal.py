@@ -162,6 +162,48 @@ def test_recaching_under_the_same_prompt_changes_nothing_and_under_another_is_a_
         torch.testing.assert_close(last, chunked(causal, x, TIMES[:, :4], new)[:, :, 3:], **CLOSE)
 
 
+def test_recaching_leaves_absolute_positions_where_they_were() -> None:
+    with CausalWan(wan()) as causal:
+        text, cache = Text(prompts()), causal.cache(2, 4, 2, 2, positions="absolute")
+        x, times = latents(2, 9), torch.zeros(2, 9)
+        for frame in range(9):
+            part = slice(frame, frame + 1)
+            causal(x[:, :, part], times[:, part], text, cache=cache, commit=True)
+        keys = cache.layout(1).held.sort().values
+        assert causal.recache(cache, text, rows=[1])
+        assert torch.equal(cache.layout(1).held.sort().values, keys) and keys[1].tolist() == [5, 6, 7, 8]
+        assert cache.layout(1).new.tolist() == [[9], [9]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "chunk=0"),
+        ({"chunk": 1.5}, "chunk=1.5"),
+        ({"window": -3}, "window=-3"),
+        ({"window": 0.5}, "window=0.5"),
+        ({"commit": -1}, "commit=-1"),
+        ({"commit": 5}, "commit=5"),
+        ({"commit": 1.0}, "commit=1.0"),
+    ],
+)
+def test_impossible_numbers_of_frames_are_refused(options: dict, message: str) -> None:
+    with CausalWan(wan()) as causal:
+        cache = causal.cache(1, 4, 2, 2)
+        with pytest.raises(ValueError, match=message):
+            causal(latents(1, 4), TIMES[:, :4], Text(prompts()), cache=cache, **options)
+        assert cache.held(0) == 0
+
+
+def test_a_removed_plug_says_so() -> None:
+    causal = CausalWan(wan())
+    causal.remove()
+    with pytest.raises(RuntimeError, match="removed"):
+        causal(latents(1, 1), TIMES[:, :1], Text(prompts()))
+    with pytest.raises(RuntimeError, match="removed"), causal.block_causal():
+        pass
+
+
 def test_int8_keys_give_nearly_the_same_video() -> None:
     net, x = wan(), latents(1, 5)
     with CausalWan(net) as causal:

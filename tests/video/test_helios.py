@@ -58,6 +58,12 @@ def test_two_streams_do_not_mix():
         assert torch.equal(two, expected)
 
 
+@pytest.mark.parametrize("name", ["promt", "num_frames", "output_type", "callback_on_step_end"])
+def test_inputs_that_would_be_ignored_are_refused(name):
+    with pytest.raises(TypeError, match=name):
+        next(chunks(video_family("helios"), 1, **generator_call() | {name: None}))
+
+
 def test_other_pipelines_are_refused():
     with pytest.raises(Unsupported, match="no Helios"):
         next(chunks(video_family("wan"), 1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdiff.acceleration import Unsupported
-from fastdiff.video.streaming_vae import StreamingVAE
+from fastdiff.video.streaming_vae import StreamingVAE, decoded
 
 models: Any = diffusers  # whose annotations know one form of each model
 
@@ -87,7 +87,7 @@ def test_encodes_and_decodes_like_the_whole_clip(build, parts):
     assert back.shape[2] == 17
 
 
-def test_mochi_decodes_in_parts():
+def mochi():
     vae = models.AutoencoderKLMochi(
         in_channels=15,
         encoder_block_out_channels=(32, 32, 32, 32),
@@ -96,8 +96,24 @@ def test_mochi_decodes_in_parts():
         layers_per_block=(1, 1, 1, 1, 1),
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
-    ).eval()
+    )
     vae.use_framewise_decoding = True
+    return vae
+
+
+@pytest.mark.parametrize("build", [wan, cogvideo, mochi])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_clip_of_any_length_is_decoded_to_its_end(build, count):
+    vae = made(build)
+    latents = torch.randn(1, 4, count, 4, 4, generator=torch.Generator().manual_seed(0))
+    session = StreamingVAE(vae)
+    with torch.no_grad():
+        whole = vae.decode(session.unscaled(latents)).sample
+    assert torch.equal(torch.cat(list(decoded(vae, latents)), dim=2), whole)
+
+
+def test_mochi_decodes_in_parts():
+    vae = made(mochi)
     latents = torch.randn(1, 4, 6, 2, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = vae.decode(latents).sample
@@ -164,6 +180,20 @@ def test_bad_streams_are_refused_and_the_session_goes_on():
         session.encode(torch.zeros(1, 3, 16, 16))
     rest = session.encode(frames[:, :, 1:])
     assert torch.equal(torch.cat([first, rest], dim=2), streamed(StreamingVAE(session.vae).encode, frames, [5]))
+
+
+@pytest.mark.parametrize("build", [wan, cogvideo])
+def test_a_wrong_beginning_leaves_the_session_to_begin(build):
+    session: Any = StreamingVAE(made(build))
+    with pytest.raises(ValueError, match="latents have 4 channels, not 7"):
+        session.decode(torch.zeros(1, 7, 3, 2, 2))
+    with pytest.raises(ValueError, match="not finite"):
+        session.decode(torch.full((1, 4, 3, 2, 2), float("nan")))
+    with pytest.raises(RuntimeError, match="channels"):
+        session.encode(torch.zeros(1, 5, 9, 16, 16))
+    assert session.encode(clip(9)) is not None
+    made_of_zeros = session.decode(torch.zeros(1, 4, 3, 2, 2))
+    assert torch.isfinite(made_of_zeros).all()
 
 
 def test_scales_are_those_of_the_pipeline():

@@ -129,6 +129,18 @@ def test_what_belongs_to_frames_is_cut_with_them():
     assert made["guidance"] is None
 
 
+def test_pictures_beside_the_latents_are_cut_too_or_refused():
+    layout = FrameLayout("hidden_states", 2, 6, 1)
+    given = {"hidden_states": torch.zeros(1, 4, 6, 2, 2), "control_hidden_states_scale": torch.ones(6)}
+    control = torch.arange(6.0).view(1, 1, 6, 1, 1).expand(1, 3, 6, 2, 2)
+    still = torch.ones(1, 3, 1, 2, 2)
+    made = cut(given | {"control_hidden_states": control, "first_frame": still}, layout, 2, 3)
+    assert made["control_hidden_states"][0, 0, :, 0, 0].tolist() == [2, 3, 4]
+    assert made["control_hidden_states_scale"].shape == (6,) and made["first_frame"] is still
+    with pytest.raises(Unsupported, match="pose_hidden_states: 5 frames beside 6"):
+        cut(given | {"pose_hidden_states": control[:, :, :5]}, layout, 2, 3)
+
+
 def test_settings_are_checked_and_helios_has_its_own_chunks():
     with pytest.raises(ValueError, match="overlap"):
         FrameWindows(4, 4)

@@ -8,6 +8,7 @@ chunks of one frame with one step each are FIFO-Diffusion (https://arxiv.org/abs
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from fastdiff.acceleration import check_number
 from fastdiff.video.streaming_vae import StreamingVAE
 from fastdiff.video.text import Text
-from fastdiff_pipelines.rollout.levels import shift_of
+from fastdiff_pipelines.rollout.levels import shift_of, shifted
 from fastdiff_pipelines.rollout.noise import draw
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -112,8 +113,7 @@ class MovingBuffer:
 
     def sigma(self, taken: int) -> float:
         """Noise level after this many steps."""
-        even = 1 - self.partition.cleanness(taken)
-        return self.shift * even / (1 + (self.shift - 1) * even)
+        return shifted(1 - self.partition.cleanness(taken), self.shift)
 
     def _micro_step(self) -> None:
         if not self._chunks:
@@ -138,11 +138,13 @@ def buffered(
         model: a `ChunkRollout`; its cache is not used.
         partition: how the buffer is divided; with the references it should be no longer than what the model was
             trained on.
-        chunks: how many; None for no end.
+        chunks: how many, 1 or more; None for no end.
 
     Yields:
         Frames of each chunk, float ``[3, F, H, W]`` in 0..1.
     """
+    if chunks is not None:
+        check_number("buffered", "chunks", chunks, 1, whole=True)
     partition = partition or Partition()
     text: Text = model.encode([prompt])
     codec = StreamingVAE(model.vae)
@@ -151,23 +153,18 @@ def buffered(
     def enter(number: int) -> Tensor:
         return draw(seed, 1, shape, number + 1, 0).to(model.device, model.state)
 
+    @torch.inference_mode()
+    def velocity(x: Tensor, told: Tensor) -> Tensor:
+        return model.causal(x, told, text)
+
+    @torch.inference_mode()
     def finished(latents: Tensor) -> Tensor:
-        with torch.inference_mode():
-            decoded = codec.decode(codec.unscaled(latents).to(model.vae.dtype))
+        decoded = codec.decode(codec.unscaled(latents).to(model.vae.dtype))
         assert decoded is not None
         return decoded[0].float().mul(0.5).add(0.5).clamp(0, 1)
 
-    with torch.inference_mode():
-        buffer = MovingBuffer(
-            lambda x, told: model.causal(x, told, text), enter, partition, shift_of(model.pipe.scheduler)
-        )
-    while chunks is None or buffer.entered < chunks:
-        with torch.inference_mode():
-            done = buffer.advance()
-        if done is not None:
-            yield finished(done)
-    while buffer.under_way:
-        with torch.inference_mode():
-            done = buffer.advance(enters=False)
+    buffer = MovingBuffer(velocity, enter, partition, shift_of(model.pipe.scheduler))
+    entering = (buffer.advance() for _ in (itertools.count() if chunks is None else range(chunks)))
+    for done in itertools.chain(entering, buffer.flush()):
         if done is not None:
             yield finished(done)

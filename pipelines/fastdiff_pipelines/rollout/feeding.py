@@ -31,15 +31,15 @@ def feed(session: RolloutSession, controls: Iterable[Any] | None, chunks: int | 
 class _Feeding:
     def __init__(self, session: RolloutSession, controls: Iterable[Any] | None, chunks: int | None, drops: bool):
         self.session, self.controls, self.chunks, self.drops = session, controls, chunks, drops
-        self.begun = self.made = 0
-        self.frames: list[Any] = []
-        self.times: list[float] = []
+        self.begun = 0
+        self.waiting: list[tuple[Any, float]] = []
         self.latest: float | None = None
 
     def run(self) -> Iterator[Chunk]:
         try:
-            for control in self._chunks():
-                yield from self._hand_out(self._generate(control))
+            for control, times in self._chunks():
+                self.begun += 1
+                yield from self._hand_out(self.session.generate(control, times))
                 self.session.finalise()
                 if self._enough():
                     break
@@ -52,23 +52,27 @@ class _Feeding:
     def _enough(self) -> bool:
         return self.chunks is not None and self.begun >= self.chunks
 
-    def _chunks(self) -> Iterator[list[Any] | None]:
-        """Control frames of each chunk, or None for one from noise."""
+    def _chunks(self) -> Iterator[tuple[list[Any] | None, list[float] | None]]:
+        """Control frames of each chunk and when they were taken, or None for one from noise."""
         if self.controls is None:
             while True:
-                yield None
+                yield None, None
         for item in self.controls:
+            if item is None:
+                yield None, None
+                continue
             if isinstance(item, Mapping):
                 self.session.update(**item)
-            elif item is None:
-                yield None
-            elif self._gather(item) and len(self.frames) >= self.session.wanted:
+            else:
+                self._gather(item)
+            # a change to shorter chunks can make several of what is waiting
+            while len(self.waiting) >= self.session.wanted:
                 yield self._gathered()
-        if self.frames:
+        while self.waiting:
             yield self._gathered()
 
-    def _gather(self, item: Any) -> bool:
-        """Keep one control frame for the chunk; False when it was dropped."""
+    def _gather(self, item: Any) -> None:
+        """Keep one control frame for the chunk, or refuse it."""
         frame, captured = (item.frame, item.captured) if isinstance(item, Captured) else (item, None)
         if captured is not None:
             if self.latest is not None and captured < self.latest:
@@ -78,30 +82,23 @@ class _Feeding:
             self.session.check(frame)
         except (TypeError, ValueError) as error:
             return self._refuse("broken", error)
-        self.frames.append(frame)
-        self.times.append(self.session.clock() if captured is None else captured)
-        return True
+        self.waiting.append((frame, self.session.clock() if captured is None else captured))
 
-    def _refuse(self, cause: str, error: Exception) -> bool:
+    def _refuse(self, cause: str, error: Exception) -> None:
         if not self.drops:
             raise error
         self.session.ledger.admit()
         self.session.ledger.drop(cause)
-        return False
 
-    def _gathered(self) -> list[Any]:
-        frames, self.frames = self.frames, []
+    def _gathered(self) -> tuple[list[Any], list[float]]:
+        wanted = self.session.wanted
+        taken, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
+        frames, times = [frame for frame, _ in taken], [time for _, time in taken]
         if len(self.session.settings.prompts) > 1:
-            return [list(video) for video in zip(*frames, strict=True)]
-        return frames
-
-    def _generate(self, control: list[Any] | None) -> list[Chunk]:
-        times, self.times = self.times, []
-        self.begun += 1
-        return self.session.generate(control, times or None)
+            frames = [list(video) for video in zip(*frames, strict=True)]
+        return frames, times
 
     def _hand_out(self, made: list[Chunk]) -> Iterator[Chunk]:
         for chunk in made:
-            self.made += 1
             self.session.ledger.hand_out(chunk)
             yield chunk

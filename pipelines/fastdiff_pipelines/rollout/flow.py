@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -37,20 +40,17 @@ def cell_flow(before: Tensor, after: Tensor, height: int, width: int, reach: int
     return found
 
 
-def chunk_flows(last: Tensor | None, frames: Tensor, latents: int, height: int, width: int) -> Tensor:
+def chunk_flows(last: Tensor | None, frames: Tensor, groups: Sequence[int], height: int, width: int) -> Tensor:
     """The flow up to each latent frame of a chunk ``[B, 2, latents, height, width]``, 0 for the very first.
 
     Args:
         last: the frame before the chunk ``[B, 3, 1, H, W]``; None at the beginning of a stream.
         frames: control frames of the chunk ``[B, 3, F, H, W]``.
-        latents: latent frames they become; the last frame of each group counts.
+        groups: how many of them become each latent frame; the last one of each counts.
     """
-    count = frames.shape[2]
-    group = -(-count // latents)
-    ends = [count - 1 - group * (latents - 1 - i) for i in range(latents)]
     flows, before = [], last
-    for end in ends:
-        now = frames[:, :, end]
+    for end in itertools.accumulate(groups):
+        now = frames[:, :, end - 1]
         still = now.new_zeros(len(now), 2, height, width, dtype=torch.float32)
         flows.append(still if before is None else cell_flow(before[:, :, 0], now, height, width))
         before = now[:, :, None]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdiff.acceleration import check_number
 from fastdiff_pipelines.live.ledger import Journey, Ledger
 from fastdiff_pipelines.rollout.chunks import Chunk
 
@@ -45,6 +46,10 @@ class ChunkLedger(Ledger):
     """
 
     def __init__(self, clock: Callable[[], float], fps: float | None = None, target_ms: float | None = None):
+        if fps is not None:
+            check_number("ChunkLedger", "fps", fps, 1e-3)
+        if target_ms is not None:
+            check_number("ChunkLedger", "target_ms", target_ms, 0)
         steady = clock if isinstance(clock, SteadyClock) else SteadyClock(clock)
         super().__init__(steady, target_ms)
         self.steady = steady

@@ -33,11 +33,15 @@ class Levels:
     def __call__(self, strength: Tensor) -> Tensor:
         """Levels float64 ``[B, steps + 1]`` for strengths ``[B]``, the last one 0."""
         begin = self._even(strength.to(self.even)) / self.even[0]
-        even = self.even * torch.minimum(begin, torch.ones_like(begin))[:, None]
-        return self.shift * even / (1 + (self.shift - 1) * even)
+        return shifted(self.even * torch.minimum(begin, torch.ones_like(begin))[:, None], self.shift)
 
     def _even(self, sigma: Tensor) -> Tensor:
         return sigma / (self.shift - (self.shift - 1) * sigma)
+
+
+def shifted(even: Any, shift: float) -> Any:
+    """Evenly spaced levels, a number or a tensor, moved towards noise."""
+    return shift * even / (1 + (shift - 1) * even)
 
 
 def shift_of(scheduler: Any) -> float:

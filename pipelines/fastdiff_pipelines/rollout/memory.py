@@ -69,23 +69,25 @@ class Memory:
         """Make room for another number of steps or branches; what is kept follows as it stood at the last step."""
         if (self._blocks(settings), self._branches(settings)) == (self.blocks, self.branches):
             return
-        kept = self.cache.remembered([self._row(self.blocks - 1, 0) + i for i in range(self.batch)])
+        last = [self._row(self.blocks - 1, 0) + i for i in range(self.batch)]
+        kept, moments = self.cache.remembered(last), self.cache.moments(last)
         self._shape(settings)
         self._joined.clear()
         if kept is None:
             return
         for block in range(self.blocks):
-            room = self.cache.frames - self.cache.sinks
-            for start in range(0, kept[0].shape[2], room):
-                self._again(kept[0][:, :, start : start + room], kept[1][:, start : start + room], block, settings)
+            room, rows = self.cache.frames - self.cache.sinks, self._rows([block])
+            with self.cache.again(torch.cat([moments] * self.branches), rows):
+                for start in range(0, kept[0].shape[2], room):
+                    part = slice(start, start + room)
+                    self._again(kept[0][:, :, part], kept[1][:, part], rows, settings)
 
     @torch.inference_mode()
     def clear(self) -> None:
         """Forget everything."""
         self.cache.clear()
 
-    def _again(self, inputs: Tensor, told: Tensor, block: int, settings: RolloutSettings) -> None:
-        rows = self._rows([block])
+    def _again(self, inputs: Tensor, told: Tensor, rows: Sequence[int], settings: RolloutSettings) -> None:
         if self.branches == 2:
             inputs, told = torch.cat([inputs, inputs]), torch.cat([told, told])
         self.causal(inputs, told, self._text(1), cache=self.cache, rows=rows, chunk=settings.chunk, commit=True)

@@ -18,7 +18,6 @@ from fastdiff.video.streaming_vae import StreamingVAE
 from fastdiff.video.text import Text
 from fastdiff_pipelines.rollout.session import RolloutSession
 from fastdiff_pipelines.rollout.settings import Context, RolloutSettings
-from fastdiff_pipelines.session import refuse_step_caches
 
 _CONTEXT = tuple(field.name for field in fields(Context))
 _SETTINGS = tuple(field.name for field in fields(RolloutSettings) if field.name != "prompts")
@@ -67,8 +66,9 @@ class ChunkRollout:
             if getattr(pipe, name, None) is None:
                 raise ValueError(f"a rollout needs a video pipeline with a {name}; {type(pipe).__name__} has none")
         self.pipe, self.context, self.defaults = pipe, context or Context(), defaults
-        preset = (height, width) if height and width else native_size(pipe)
-        self.height, self.width = height or preset[0], width or preset[1]
+        preset = native_size(pipe) if height is None or width is None else (height, width)
+        self.height, self.width = preset[0] if height is None else height, preset[1] if width is None else width
+        self._closed = False
         self._owns = causal is None
         self.causal = causal or CausalWan(pipe.transformer)
         try:
@@ -175,20 +175,15 @@ class ChunkRollout:
     @contextmanager
     def running(self, session: RolloutSession) -> Iterator[None]:
         """Inference mode, inside the session's own request of the pipeline's accelerations if it has any."""
-        handle = getattr(type(self.pipe), "_fastdiff_handle", None)
-        with torch.inference_mode():
-            if handle is None:
-                yield
-                return
-            if session._request is None or session._request.closed:
-                refuse_step_caches(handle.plan)
-                session._request = handle.request(keep=True)
-            with session._request:
-                yield
+        if self._closed:
+            raise RuntimeError("the rollout of this session is closed; open a session of another one")
+        with torch.inference_mode(), session.accelerated():
+            yield
 
     def close(self) -> None:
         """Take the plug off the transformer, if this rollout put it there. Open sessions cannot go on."""
         if self._owns:
+            self._closed = True
             self.causal.remove()
 
     def __enter__(self) -> ChunkRollout:

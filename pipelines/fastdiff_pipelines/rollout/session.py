@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastdiff.video.streaming_vae import StreamingVAE
 from fastdiff.video.text import Text
-from fastdiff_pipelines.frames import check_frame
 from fastdiff_pipelines.rollout.chunks import Chunk, Flying
+from fastdiff_pipelines.rollout.controls import check_controls, control_clip
 from fastdiff_pipelines.rollout.flow import chunk_flows
 from fastdiff_pipelines.rollout.ledger import ChunkLedger
 from fastdiff_pipelines.rollout.levels import Levels, shift_of
@@ -31,6 +31,7 @@ from fastdiff_pipelines.rollout.memory import Memory
 from fastdiff_pipelines.rollout.motion import MotionController
 from fastdiff_pipelines.rollout.noise import Noise, draw
 from fastdiff_pipelines.rollout.settings import Context, RolloutSettings, check_together
+from fastdiff_pipelines.session import Accelerated
 from fastdiff_pipelines.slots import NotFinite
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class RolloutSession:
         settings: what the next chunk gets.
         ledger: what became of every frame, and when.
         frames_out: frames of video made so far.
+        restarts: how often what was inside was lost and the video began anew.
     """
 
     def __init__(
@@ -60,11 +62,12 @@ class RolloutSession:
         self.ledger = ChunkLedger(clock, fps, target_ms)
         self.clock = self.ledger.steady
         self.version = 0
-        self.frames_out = 0
+        self.frames_out = self.restarts = 0
         self.closed = False
         self._number = 0
-        self._held: list[Chunk] = []
-        self._request: Any = None
+        self.accelerated = Accelerated(model.pipe)
+        self._flying: list[Flying] = []
+        self._made: list[Chunk] = []
         with self._running():
             self._codec = StreamingVAE(model.vae)
             self._memory = Memory(model.causal, context, settings, model.cell[1:])
@@ -75,17 +78,18 @@ class RolloutSession:
     @property
     def wanted(self) -> int:
         """Control frames that fill the next chunk."""
-        first, later = self._codec.frames
-        return (first if not self._begun else later) + (self.settings.chunk - 1) * later
+        return sum(self._groups)
 
     @property
     def in_flight(self) -> int:
-        """Chunks that have begun and are not finished."""
-        return len(self._flying)
+        """Chunks that have begun and have not been handed out."""
+        return len(self._flying) + len(self._made)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the session holds between chunks."""
+        if self.closed:
+            return 0
         flying = sum(item.x.nbytes + item.noises.nbytes for item in self._flying)
         return self._memory.nbytes + self._codec.held_bytes + flying
 
@@ -105,20 +109,21 @@ class RolloutSession:
         self._check_open()
         entered = self.clock()
         frames = self._admit(control)
-        with self._running():
-            try:
-                self._tidy()
-                flying = self._enter(frames, entered, captured)
-                return [*self._take_held(), *self._advance(flying)]
-            except BaseException:
-                self.restart("failed")
-                raise
+        with self._running(), self._or_anew():
+            self._tidy()
+            self._flying.append(self._enter(frames, entered, captured))
+            if self.settings.batched:
+                self._step()
+            else:
+                self._drain()
+        return self._handed()
 
     def flush(self) -> list[Chunk]:
         """Finish every chunk in flight."""
         self._check_open()
-        with self._running():
-            return [*self._take_held(), *self._drain()]
+        with self._running(), self._or_anew():
+            self._drain()
+        return self._handed()
 
     def finalise(self) -> None:
         """Bring the context up to date after a chunk was taken out. `generate` does it too if nobody else has."""
@@ -146,8 +151,10 @@ class RolloutSession:
         with self._running():
             texts = self._texts(new) if said or guided != (old.guidance_scale > 1) else self._memory.texts
             if guided != (old.guidance_scale > 1) or any(getattr(new, name) != getattr(old, name) for name in shape):
-                self._held += self._drain()
-                self._tidy()
+                with self._or_anew():
+                    self._drain()
+                    # the cache groups frames by the chunk length in force when they come in
+                    self._tidy(settles=new.chunk != old.chunk)
             self._memory.say(texts, new.guidance_scale)
             self._memory.reshape(new)
         self._ready(new)
@@ -163,8 +170,10 @@ class RolloutSession:
 
     def restart(self, cause: str = "restarted") -> None:
         """Forget context and chunks in flight; the next chunk begins a video. Settings and counts stay."""
-        lost = sum(item.shown or 0 for item in self._flying)
+        self._check_open()
+        lost = sum(item.shown or 0 for item in self._flying) + sum(len(chunk) for chunk in self._made)
         self.ledger.drop(cause, lost)
+        self.restarts += 1
         self._begin()
 
     def close(self) -> None:
@@ -172,8 +181,8 @@ class RolloutSession:
         if not self.closed:
             self.restart("closed")
             self.closed = True
-            if self._request is not None:
-                self._request.close()
+            self.accelerated.close()
+            del self._memory
 
     def __enter__(self) -> RolloutSession:
         return self
@@ -182,7 +191,7 @@ class RolloutSession:
         self.close()
 
     def _begin(self) -> None:
-        self._flying: list[Flying] = []
+        self._flying, self._made = [], []
         self._unsettled: tuple[int, Tensor] | None = None
         self._due, self._since, self._begun = False, 0, False
         self._last_control: Tensor | None = None
@@ -207,6 +216,15 @@ class RolloutSession:
     def _running(self) -> AbstractContextManager[None]:
         return self.model.running(self)
 
+    @contextmanager
+    def _or_anew(self) -> Iterator[None]:
+        """What fails half-way leaves no context to go on from."""
+        try:
+            yield
+        except BaseException:
+            self.restart("failed")
+            raise
+
     def _texts(self, settings: RolloutSettings) -> list[Text]:
         texts = [self.model.encode(settings.prompts)]
         if settings.guidance_scale > 1:
@@ -226,31 +244,18 @@ class RolloutSession:
             if self.settings.noise == "warped" or self.settings.motion is not None:
                 raise ValueError("warped noise and motion go by control frames, and there are none")
             return None
-        count = len(self.settings.prompts)
-        videos = [control] if count == 1 else list(control)
-        if len(videos) != count:
-            raise ValueError(f"{count} videos take {count} sequences of control frames, got {len(videos)}")
-        made = [self._video(frames) for frames in videos]
-        if len({video.shape[2] for video in made}) > 1:
-            raise ValueError("all videos of a rollout take the same number of control frames")
-        return torch.cat(made)
+        clip = control_clip(control, len(self.settings.prompts), self.wanted, self.model.height, self.model.width)
+        return clip.to(self.model.device, self.model.vae.dtype)
 
     def check(self, frame: Any) -> None:
         """Raise a `TypeError` or `ValueError` for a control frame (several for several videos) that does not fit."""
-        for one in [frame] if len(self.settings.prompts) == 1 else frame:
-            check_frame(one, self.model.height, self.model.width)
+        check_controls(frame, len(self.settings.prompts), self.model.height, self.model.width)
 
-    def _video(self, frames: Sequence[Any]) -> Tensor:
-        height, width = self.model.height, self.model.width
-        if not 1 <= len(frames) <= self.wanted:
-            raise ValueError(f"the next chunk takes 1 to {self.wanted} control frames, got {len(frames)}")
-        made = []
-        for frame in frames:
-            checked = check_frame(frame, height, width)
-            if checked.dtype == torch.uint8:
-                checked = checked.permute(2, 0, 1).float() / 127.5 - 1
-            made.append(checked.to(self.model.device, self.model.vae.dtype))
-        return torch.stack(made, dim=1)[None]  # [1, 3, F, H, W]
+    @property
+    def _groups(self) -> list[int]:
+        """Control frames in each latent frame of the next chunk."""
+        first, later = self._codec.frames
+        return [later if self._begun else first, *[later] * (self.settings.chunk - 1)]
 
     def _enter(self, frames: Tensor | None, entered: float, captured: Sequence[float] | None) -> Flying:
         """The next chunk as it is before its first step."""
@@ -260,13 +265,12 @@ class RolloutSession:
         clean, flows, shown = None, None, None
         if frames is not None:
             shown = frames.shape[2]
-            self.ledger.admit(shown)
             frames = torch.cat([frames, frames[:, :, -1:].expand(-1, -1, self.wanted - shown, -1, -1)], dim=2)
             strength = strength * settings.strength
             if self._motion is not None:
                 strength = self._motion.strength(frames, settings.strength).to(strength)
             if settings.noise == "warped":
-                flows = chunk_flows(self._last_control, frames, settings.chunk, *model.cell[1:])
+                flows = chunk_flows(self._last_control, frames, self._groups, *model.cell[1:])
                 self._last_control = frames[:, :, -1:].clone()
             encoded = self._codec.encode(frames)
             assert encoded is not None
@@ -276,22 +280,14 @@ class RolloutSession:
         first = sigmas[:, 0].to(model.state).view(-1, 1, 1, 1, 1)
         x = noises[0] if clean is None else (1 - first) * clean + first * noises[0]
         flying = Flying(self._number, x, sigmas, noises, entered, shown, None if captured is None else tuple(captured))
+        self.ledger.admit(shown or 0)
         self._from_noise, self._begun = frames is None, True
         self._number += 1
         flying.stages["encode"] = (self.clock() - began) * 1000
         return flying
 
-    def _advance(self, flying: Flying) -> list[Chunk]:
-        self._flying.append(flying)
-        if self.settings.batched:
-            return self._steps()
-        made: list[Chunk] = []
-        while self._flying:
-            made += self._steps()
-        return made
-
-    def _steps(self) -> list[Chunk]:
-        """Move every chunk in flight on by a step, in one denoiser call, and take out the finished one."""
+    def _step(self) -> None:
+        """Move every chunk in flight on by a step, in one denoiser call; the finished one can then be handed out."""
         began = self.clock()
         flying = sorted(self._flying, key=lambda item: item.step)
         parts = self._rolled(flying[::-1])[::-1] if self.context.kind == "rolling" else self._stacked(flying)
@@ -300,9 +296,9 @@ class RolloutSession:
         spent = (self.clock() - began) * 1000
         for item in flying:
             item.stages["denoise"] = item.stages.get("denoise", 0.0) + spent
-        made = [self._decode(item) for item in flying if item.finished]
+        finished = [self._decode(item) for item in flying if item.finished]
         self._flying = [item for item in self._flying if not item.finished]
-        return made
+        self._made += finished
 
     def _stacked(self, flying: list[Flying]) -> list[Tensor]:
         """Velocities of chunks side by side, each with a past of its own."""
@@ -330,9 +326,9 @@ class RolloutSession:
 
     def _decode(self, item: Flying) -> Chunk:
         began = self.clock()
-        decoded = self._codec.decode(self._codec.unscaled(item.x).to(self.model.vae.dtype))
-        assert decoded is not None
-        if not bool(torch.isfinite(decoded).all()):
+        latents = self._codec.unscaled(item.x).to(self.model.vae.dtype)
+        decoded = self._codec.decode(latents) if bool(torch.isfinite(latents).all()) else None
+        if decoded is None or not bool(torch.isfinite(decoded).all()):
             raise NotFinite(
                 f"chunk {item.number} (prompt {self.settings.prompts[0]!r}) holds NaN or infinity; check the model's "
                 "weights and dtype. The video begins anew"
@@ -353,19 +349,14 @@ class RolloutSession:
             self.ledger.admit(len(chunk))
         return chunk
 
-    def _drain(self) -> list[Chunk]:
-        made: list[Chunk] = []
-        try:
-            while self._flying:
-                made += self._steps()
-        except BaseException:
-            self.restart("failed")
-            raise
-        return made
+    def _drain(self) -> None:
+        while self._flying:
+            self._step()
 
-    def _tidy(self) -> None:
-        # a rolling context takes finished latents in with the next call
-        if not self._due and (self._unsettled is None or self.context.kind == "rolling"):
+    def _tidy(self, settles: bool = False) -> None:
+        # a rolling context takes finished latents in with the next call, unless they have to be in before it
+        waits = self.context.kind == "rolling" and not settles
+        if not self._due and (self._unsettled is None or waits):
             return
         began = self.clock()
         if self._unsettled is not None:
@@ -386,6 +377,6 @@ class RolloutSession:
             clean = (1 - level) * clean + level * noise.to(clean)
         return clean, clean.new_full((len(clean), clean.shape[2]), 1000 * level)
 
-    def _take_held(self) -> list[Chunk]:
-        held, self._held = self._held, []
-        return held
+    def _handed(self) -> list[Chunk]:
+        made, self._made = self._made, []
+        return made

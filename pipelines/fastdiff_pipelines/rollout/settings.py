@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -101,18 +100,24 @@ class RolloutSettings:
         object.__setattr__(self, "prompts", prompts)
         check_number("RolloutSettings", "steps", self.steps, 1, 1000, whole=True)
         if self.sigmas is not None:
-            levels = tuple(float(level) for level in self.sigmas)
+            try:
+                levels = tuple(float(level) for level in self.sigmas)
+            except (TypeError, ValueError):
+                levels = ()
             falling = all(after < before for before, after in itertools.pairwise(levels))
             if len(levels) != self.steps or not falling or not all(0 < level <= 1 for level in levels):
                 raise ValueError(f"sigmas must be {self.steps} falling levels in (0, 1], got {self.sigmas!r}")
             object.__setattr__(self, "sigmas", levels)
         check_choice("RolloutSettings", "sampler", self.sampler, SAMPLERS)
-        if not (math.isfinite(self.strength) and 0 < self.strength <= 1):
+        if not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
             raise ValueError(f"RolloutSettings: strength={self.strength!r} must be above 0 and at most 1")
         check_number("RolloutSettings", "guidance_scale", self.guidance_scale, 1, 1000)
         check_choice("RolloutSettings", "noise", self.noise, NOISES)
         check_number("RolloutSettings", "seed", self.seed, 0, 2**63 - 1, whole=True)
         check_number("RolloutSettings", "chunk", self.chunk, 1, whole=True)
+        for name, kind, words in (("negative_prompt", str, "a text"), ("batched", bool, "True or False")):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"RolloutSettings: {name}={getattr(self, name)!r} must be {words}")
         if self.motion is not None and not isinstance(self.motion, Motion):
             raise ValueError(f"motion must be a Motion or None, got {self.motion!r}")
 

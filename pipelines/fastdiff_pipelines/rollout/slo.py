@@ -115,6 +115,13 @@ class Choice:
         """What to update a session with."""
         return {"steps": self.steps, "chunk": self.chunk, "batched": self.batched}
 
+    @property
+    def name(self) -> str:
+        """For people."""
+        steps = "step" if self.steps == 1 else "steps"
+        way = "batched" if self.batched else "one at a time"
+        return f"{self.steps} {steps}, chunks of {self.chunk}, {way}"
+
 
 def predict(
     costs: Costs, target: Target, steps: int, chunk: int, batched: bool, per_latent: int = 4, slowness: float = 1.0
@@ -181,7 +188,9 @@ def measured_costs(rollout: Any, prompt: str = "", clock: Callable[[], float] = 
     Args:
         clock: seconds.
     """
-    session = rollout.open(prompt, steps=1, batched=False, kind="last")
+    # whatever the rollout's own defaults are: one latent frame at a time, from noise
+    plain: dict[str, Any] = {"steps": 1, "sigmas": None, "chunk": 1, "batched": False, "noise": "fresh", "motion": None}
+    session = rollout.open(prompt, kind="last", **plain)
     chunks = list(session.run(None, 1 + _TIMES))
     session.close()
     codec = statistics.median(chunk.stages["decode"] for chunk in chunks[1:])
@@ -206,13 +215,23 @@ class SloScheduler:
 
     Args:
         costs, target: see there.
+        per_latent: frames of video in a latent frame.
         options: of `choose`.
     """
 
-    def __init__(self, costs: Costs, target: Target, *, patience_s: float = 4.0, hold_s: float = 1.0, **options: Any):
-        self.costs, self.target = costs, target
+    def __init__(
+        self,
+        costs: Costs,
+        target: Target,
+        *,
+        patience_s: float = 4.0,
+        hold_s: float = 1.0,
+        per_latent: int = 4,
+        **options: Any,
+    ):
+        self.costs, self.target, self.per_latent = costs, target, per_latent
         self.patience_s, self.hold_s, self.options = patience_s, hold_s, options
-        self.choice = choose(costs, target, **options)
+        self.choice = choose(costs, target, per_latent=per_latent, **options)
         self.decisions: deque[Decision] = deque(maxlen=256)
         self._ratios: deque[float] = deque(maxlen=_TIMES)
         self._changed: float | None = None
@@ -230,13 +249,13 @@ class SloScheduler:
             at: seconds.
         """
         now = self.choice
-        expected = predict(self.costs, self.target, now.steps, now.chunk, now.batched).chunk_ms
+        expected = self._predicted(now, 1.0).chunk_ms
         self._ratios.append(chunk_ms / max(expected, 1e-9))
         if self._changed is not None and at - self._changed < self.hold_s:
             return None
         slowness = self.slowness
-        best = choose(self.costs, self.target, slowness=slowness, **self.options)
-        kept = predict(self.costs, self.target, now.steps, now.chunk, now.batched, slowness=slowness)
+        best = choose(self.costs, self.target, slowness=slowness, per_latent=self.per_latent, **self.options)
+        kept = self._predicted(now, slowness)
         on_time = kept.chunk_ms <= (1 - self.target.margin) * kept.played_ms
         if best.changes == now.changes or (on_time and best.steps <= now.steps):
             self._better_since = None
@@ -246,11 +265,18 @@ class SloScheduler:
             if at - self._better_since < self.patience_s:
                 return None
         self._better_since, self._changed = None, at
-        self.decisions.append(Decision(at, _name(now), _name(best), f"{slowness:.2f} times the measured cost"))
+        self.decisions.append(Decision(at, now.name, best.name, f"{slowness:.2f} times the measured cost"))
         self.choice = best
         return best
 
+    def report(self) -> str:
+        """The way chosen, whether it keeps the deadlines, and the last change, in a line."""
+        fits = "keeps both deadlines" if self.choice.fits else "breaks a deadline, as every other way would"
+        said = f"{self.choice.name}: {fits}; {len(self.decisions)} changes"
+        if not self.decisions:
+            return said
+        last = self.decisions[-1]
+        return f"{said}, the last from {last.before} ({last.reason})"
 
-def _name(choice: Choice) -> str:
-    steps = "step" if choice.steps == 1 else "steps"
-    return f"{choice.steps} {steps}, chunks of {choice.chunk}, {'batched' if choice.batched else 'one at a time'}"
+    def _predicted(self, way: Choice, slowness: float) -> Choice:
+        return predict(self.costs, self.target, way.steps, way.chunk, way.batched, self.per_latent, slowness)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -50,7 +51,9 @@ class StagedCausal:
         self.counts = tuple(counts) or tuple(total // ranks + (rank < total % ranks) for rank in range(ranks))
         self.block_s = 0.0
         self._stages = BlockStages(causal.transformer, communicator, self.counts)
-        self._caches: list[KeyValueCache] = []
+        # by the order they were made in, which is the same on every rank
+        self._caches: WeakValueDictionary[int, KeyValueCache] = WeakValueDictionary()
+        self._made = 0
         self._timed()
 
     def __enter__(self) -> StagedCausal:
@@ -71,7 +74,8 @@ class StagedCausal:
         shape, tokens = self.shape, self.shape.tokens(height, width)
         given = {"dtype": self.dtype, "device": self.device, **options}
         cache = KeyValueCache(last - first + 1, rows, frames, tokens, shape.heads, shape.head, first=first, **given)
-        self._caches.append(cache)
+        self._caches[self._made] = cache
+        self._made += 1
         return cache
 
     def __call__(self, x: Tensor, timestep: Tensor, text: Text, **options: Any) -> Tensor:
@@ -100,14 +104,18 @@ class StagedCausal:
             The new counts.
         """
         block_s = self.block_s if block_s is None else block_s
-        own = torch.tensor([block_s if total_s is None else total_s, block_s], dtype=torch.float64)
+        caches = dict(self._caches)
+        alive = [float(number in caches) for number in range(self._made)]
+        own = torch.tensor([block_s if total_s is None else total_s, block_s, *alive], dtype=torch.float64)
         every = self.communicator.gather("balance", own).wait()
         totals, blocks = ([float(every[rank][part]) for rank in range(self.communicator.size)] for part in (0, 1))
         counts = rebalanced(self.counts, totals, blocks)
         if counts != self.counts:
             before, self.counts = self.counts, counts
-            for cache in self._caches:
-                move_layers(self.communicator, cache, before, counts)
+            for number in range(self._made):
+                # one that some rank has let go of belongs to a video that has ended
+                if all(float(told[2 + number]) for told in every.values()):
+                    move_layers(self.communicator, caches[number], before, counts)
             self._stages.hooks.undo()
             self._stages = BlockStages(self.causal.transformer, self.communicator, counts)
             self._timed()

@@ -63,13 +63,11 @@ class VideoStream:
     def __init__(
         self, rollout: ChunkRollout, settings: Settings, scheduler: SloScheduler | None = None, **options: Any
     ):
-        self.rollout, self.settings, self.options = rollout, settings, options
+        self.rollout, self.settings = rollout, settings
         self.scheduler = scheduler
         self.size = rollout.height, rollout.width
         self._session = rollout.open(settings.prompt, **options)
-        self._session.update(**_differences(rollout_settings(settings, self._session.settings), self._session.settings))
-        if scheduler is not None:
-            self._session.update(**scheduler.choice.changes)
+        self._session.update(**self._wanted(settings))
         self._inside: deque[tuple[Any, Timings]] = deque()
         self._waiting: list[Any] = []
         self._ready: deque[Output] = deque()
@@ -108,7 +106,7 @@ class VideoStream:
 
     def flush(self) -> list[Output]:
         """Finish every frame inside."""
-        if self._waiting:
+        while self._waiting:
             self._generate()
         self._take(self._guarded(self._session.flush))
         found, self._ready = list(self._ready), deque()
@@ -125,8 +123,8 @@ class VideoStream:
         if changes.pop("similarity", None):
             raise ValueError("a video stream skips no frames; leave similarity out")
         settings = self.settings.changed(**changes)
-        new = rollout_settings(settings, self._session.settings)
-        self._guarded(lambda: self._session.update(**_differences(new, self._session.settings)))
+        new = self._wanted(settings)
+        self._guarded(lambda: self._session.update(**new))
         self.settings = settings
 
     def clear(self) -> None:
@@ -141,20 +139,33 @@ class VideoStream:
         import numpy as np
 
         black = np.zeros((*self.size, 3), np.uint8)
-        with self.rollout.open(self.settings.prompt, **self.options) as session:
-            for _ in range(2):
+        options = vars(self._session.context) | vars(self._session.settings)
+        prompts = options.pop("prompts")
+        with self.rollout.open(prompts, **options) as session:
+            # the last of them is made when as many are in flight as ever will be, behind a finished one
+            for _ in range(session.settings.steps + 1):
                 session.generate([black] * session.wanted)
             session.flush()
 
     def report(self) -> str:
-        """What became of the frames, in a line."""
+        """What became of the frames, and what the scheduler chose, in a line."""
         frames = self._session.ledger.admitted
-        return f"video stream: {frames} frames in, {self._session.frames_out} made, {self.in_flight} in flight"
+        said = f"video stream: {frames} frames in, {self._session.frames_out} made, {self.in_flight} in flight"
+        return said if self.scheduler is None else f"{said}; {self.scheduler.report()}"
+
+    def _wanted(self, settings: Settings) -> dict[str, Any]:
+        """What to change in the session for these settings and the scheduler's choice, which overrules them."""
+        now = self._session.settings
+        new = rollout_settings(settings, now)
+        if self.scheduler is not None:
+            new = new.changed(**self.scheduler.choice.changes)
+        return {name: value for name, value in vars(new).items() if value != getattr(now, name)}
 
     def _generate(self) -> None:
-        frames, self._waiting = self._waiting, []
+        frames = self._waiting[: self._session.wanted]
         began = time.perf_counter()
         made = self._guarded(lambda: self._session.generate(frames))
+        del self._waiting[: len(frames)]
         self._take(made)
         # only a pipeline that has filled costs what its every chunk will
         if self.scheduler is not None and len(made) == 1:
@@ -165,10 +176,11 @@ class VideoStream:
 
     def _guarded(self, work: Any) -> Any:
         """Run the session; where it fails it has begun anew, and so does the stream."""
+        before = self._session.restarts
         try:
             return work()
         except BaseException:
-            if self._session.in_flight == 0:
+            if self._session.restarts != before:
                 self._inside.clear()
                 self._waiting.clear()
             raise
@@ -183,8 +195,3 @@ class VideoStream:
                 timings.finished = finished
                 timings.encode_ms, timings.denoise_ms, timings.decode_ms = stages
                 self._ready.append(Output(frame_id, chunk.pixels[0, :, place], self.settings, timings))
-
-
-def _differences(new: RolloutSettings, old: RolloutSettings) -> dict[str, Any]:
-    names = [name for name in new.__dataclass_fields__ if getattr(new, name) != getattr(old, name)]
-    return {name: getattr(new, name) for name in names}

@@ -104,6 +104,13 @@ def test_frames_of_a_real_transformer_with_one_timestep_each() -> None:
                                model.causal(x, torch.tensor([500.0]), text).round(decimals=4))  # fmt: skip
 
 
+def test_a_number_of_chunks_that_is_none_is_refused() -> None:
+    with rollout() as model:
+        for chunks in (0, -3):
+            with pytest.raises(ValueError, match=f"chunks={chunks}"):
+                next(buffered(model, "x", chunks=chunks))
+
+
 @pytest.mark.parametrize("options", [{"chunks": 0}, {"frames": 0}, {"micro_steps": 0}, {"references": -1}])
 def test_impossible_partitions_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -10,6 +10,7 @@ from fastdiff_pipelines.rollout.flow import cell_flow, chunk_flows
 from fastdiff_pipelines.rollout.levels import Levels, shift_of
 from fastdiff_pipelines.rollout.motion import Motion, MotionController
 from fastdiff_pipelines.rollout.noise import Noise, draw, warp
+from tests.pipelines.rollout.tiny import rollout, video
 
 
 def test_a_still_scene_tends_to_the_full_strength_geometrically() -> None:
@@ -98,8 +99,21 @@ def test_flow_of_a_moved_picture() -> None:
     assert (flow[:, 0, 1:-1, 1:-1] == -2 / 8).all() and (flow[:, 1, 1:-1, 1:-1] == 4 / 8).all()
     assert not cell_flow(picture, picture, 6, 6).any()
     frames = torch.stack([picture, picture, moved, moved], dim=2)
-    flows = chunk_flows(None, frames, 2, 6, 6)
+    flows = chunk_flows(None, frames, (2, 2), 6, 6)
     assert not flows[:, :, 0].any() and (flows[:, 1, 1, 1:-1, 1:-1] == 0.5).all()
+
+
+def test_the_first_latent_frame_takes_fewer_control_frames() -> None:
+    picture = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    frames = torch.stack([picture.roll(i, dims=-1) for i in range(13)], dim=2)  # a pixel a frame, in cells of 8
+    first, later = chunk_flows(None, frames[:, :, :5], (1, 4), 4, 8), chunk_flows(frames[:, :, 4:5], frames[:, :, 5:],
+                                                                                 (4, 4), 4, 8)  # fmt: skip
+    assert first[0, 0, 1].median() == later[0, 0, 0].median() == later[0, 0, 1].median() == 4 / 8
+    with rollout(noise="warped", chunk=2, steps=1) as model:
+        session = model.open("x")
+        assert session._groups == [1, 4] and session.wanted == 5
+        session.generate(video(5))
+        assert session._groups == [4, 4] and session.wanted == 8
 
 
 def test_noise_is_known_by_its_place() -> None:

@@ -1,6 +1,8 @@
 """Sessions as people use them: sources that misbehave, consumers that stop, prompts that change, memory that stays."""
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -47,7 +49,8 @@ def test_a_low_strength_stays_with_the_control_frames() -> None:
     controls = video(9)
     with rollout() as model:
         plain = model.open("")
-        encoded = plain._codec.encode(plain._video(controls[:1]))
+        admitted = plain._admit(controls[:1])
+        encoded = None if admitted is None else plain._codec.encode(admitted)
         assert encoded is not None
         near, far = (next(iter(model.open("", strength=s).run(controls))).latents for s in (0.01, 0.9))
         truth = plain._codec.scaled(encoded)
@@ -128,6 +131,11 @@ def test_accelerations_hold_inside_a_rollout() -> None:
         ):
             next(model("a red circle"))
         assert np.array_equal(next(model("a red circle")), plain[0])
+        session = model.open("a red circle")
+        with fastdiff.accelerate(pipe, fastdiff.Plan()):
+            session.generate()
+        with fastdiff.accelerate(pipe, [Forecast()]), pytest.raises(Unsupported, match="remove it from the plan"):
+            session.generate()
 
 
 class TestBadStreams:
@@ -244,8 +252,6 @@ class TestBadStreams:
     "options", [{"kind": "steps"}, {"kind": "rolling"}, {"batched": False, "kind": "clean", "recache_every": 5}]
 )
 def test_memory_is_flat(options: dict) -> None:
-    import gc
-
     def tensors() -> int:
         gc.collect()
         return sum(item.nbytes for item in gc.get_objects() if type(item) is torch.Tensor)
@@ -290,6 +296,14 @@ def test_ledger_counts_deadlines_and_jitter_of_chunks() -> None:
         ({"guidance_scale": 0.5}, "guidance_scale=0.5"),
         ({"kind": "clean"}, "batched=False"),
         ({"chunk": 9}, "chunks of 9 latent frames"),
+        ({"strength": "0.5"}, "strength='0.5'"),
+        ({"sigmas": 0.5, "steps": 1}, "1 falling levels"),
+        ({"batched": "no"}, "batched='no' must be True or False"),
+        ({"negative_prompt": None}, "negative_prompt=None must be a text"),
+        ({"fps": 0}, "fps=0"),
+        ({"fps": float("nan")}, "fps=nan"),
+        ({"fps": "16"}, "fps='16'"),
+        ({"target_ms": -3}, "target_ms=-3"),
         ({"sinks": 4}, "sinks=4"),
     ],
 )
@@ -312,3 +326,23 @@ def test_names_that_are_no_setting_and_pipelines_without_video_are_refused() -> 
             next(model("x", noise="warped"))
     with pytest.raises(Unsupported, match="no WanTransformer3DModel"):
         ChunkRollout(family("flux"))
+    for height, width in ((0, SIZE), (SIZE, 0)):
+        with pytest.raises(ValueError, match="8 to 8192 pixels, got 0"):
+            ChunkRollout(TinyPipe(), height=height, width=width)
+
+
+def test_a_closed_rollout_and_a_closed_session_say_so_and_hold_nothing() -> None:
+    model = rollout()
+    session, other = model.open("x"), model.open("x")
+    session.generate()
+    cache = weakref.ref(session._memory.cache)
+    assert session.nbytes > 0
+    session.close()
+    gc.collect()
+    assert session.nbytes == 0 and cache() is None
+    with pytest.raises(RuntimeError, match="this rollout is closed"):
+        session.restart()
+    model.close()
+    with pytest.raises(RuntimeError, match="the rollout of this session is closed"):
+        other.generate()
+    other.close()

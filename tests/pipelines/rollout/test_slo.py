@@ -96,6 +96,34 @@ def test_a_machine_that_slows_down_keeps_its_deadline_again_within_a_second_and_
     assert "4 steps" in machine.scheduler.decisions[0].before
 
 
+def test_a_chunk_plays_for_as_long_as_its_autoencoder_says() -> None:
+    """Chunks of 8 frames at 16 a second: 300 ms are in time, so a better way is taken only after patience."""
+    target = Target(first_frame_ms=10_000, fps=16)
+    scheduler = SloScheduler(
+        Costs(call=100, row=0), target, steps=(3, 4), chunks=(1,), batched=(False,), per_latent=8, hold_s=0.0
+    )
+    assert scheduler.choice.steps == 4
+    slower = scheduler.observe(560, 1.0)
+    assert slower is not None and slower.steps == 3
+    assert [scheduler.observe(300, at) for at in (2.0, 3.0, 4.0)] == [None] * 3
+    faster = scheduler.observe(300, 7.5)
+    assert faster is not None and faster.steps == 4
+
+
+def test_costs_are_measured_one_latent_frame_at_a_time_whatever_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdiff_pipelines.rollout import ChunkRollout, Motion
+    from fastdiff_pipelines.rollout.slo import measured_costs
+    from tests.pipelines.rollout.tiny import rollout
+
+    opened, inner = [], ChunkRollout.open
+    monkeypatch.setattr(
+        ChunkRollout, "open", lambda *args, **options: opened.append(inner(*args, **options)) or opened[-1]
+    )
+    with rollout(chunk=3, sigmas=(1.0, 0.7, 0.5, 0.2), noise="warped", motion=Motion()) as model:
+        assert measured_costs(model).codec > 0
+    assert opened[0].settings.chunk == 1
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

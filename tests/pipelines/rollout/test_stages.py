@@ -1,5 +1,7 @@
 """Blocks on several ranks, moved while a video runs."""
 
+import gc
+
 import pytest
 import torch
 
@@ -65,5 +67,10 @@ def test_blocks_are_timed_and_sinks_by_likeness_refused() -> None:
     with CausalWan(wan(layers=2)) as causal, StagedCausal(causal, Alone(), clock=lambda: float(next(ticks))) as staged:
         causal(latents(1, 1), TIMES[:, :1], Text(prompts()))
         assert staged.block_s == 2.0
+        cache = staged.cache(1, 3, 2, 2)
+        assert list(staged._caches.values()) == [cache]
+        del cache
+        gc.collect()
+        assert not staged._caches
         with pytest.raises(Unsupported, match="disagree"):
             staged.cache(1, 3, 2, 2, sinks=1, evict_below=0.3)

@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastdiff.video.causal import CausalWan
 from fastdiff_pipelines.live import Controls, LiveSession
 from fastdiff_pipelines.live.virtual import VirtualClock
 from fastdiff_pipelines.rollout import ChunkRollout, VideoStream
+from fastdiff_pipelines.rollout.slo import Costs, SloScheduler, Target
 from fastdiff_pipelines.settings import Settings
 from tests.pipelines.rollout.tiny import SIZE, TinyPipe, rollout, video
 
@@ -26,6 +28,50 @@ def test_frames_are_those_of_a_session_and_come_one_by_one() -> None:
     assert [one.frame_id for one in made] == list(range(15)) and stream.in_flight == 0
     assert all(np.array_equal(one.image, frame) for one, frame in zip(made, direct, strict=True))
     assert all(spent > 0 for spent in stream.spent_ms) and "15 frames in, 15 made" in stream.report()
+
+
+def test_a_cleared_stream_hands_out_nothing_of_before() -> None:
+    with rollout() as model:
+        stream = VideoStream(model, SETTINGS)
+        for number, frame in enumerate(video(9)):
+            stream.push(frame, number)
+        stream.update(steps=3)
+        stream.clear()
+        assert stream.push(video(1)[0], 100) == [] and stream.in_flight == 1
+        assert [one.frame_id for one in stream.flush()] == [100] and stream.in_flight == 0
+
+
+def test_a_schedulers_choice_outlives_updates_and_is_told() -> None:
+    costs, target = Costs(call=20, row=1), Target(5000, fps=100)
+    scheduler = SloScheduler(costs, target, steps=(1, 2, 4), chunks=(1,), batched=(False,))
+    with rollout() as model:
+        stream = VideoStream(model, Settings("a", steps=4), scheduler)
+        stream.update(prompt="b")
+        now = stream._session.settings
+        assert (now.prompts, now.steps, now.batched) == (("b",), scheduler.choice.steps, False) == (("b",), 1, False)
+        assert "1 step, chunks of 1, one at a time: keeps both deadlines; 0 changes" in stream.report()
+        stream.scheduler = SloScheduler(Costs(call=200, row=1), target)
+        assert "breaks a deadline" in stream.report()
+
+
+def test_warming_up_runs_every_shape_that_frames_will_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[int, ...]] = set()
+    inner = CausalWan.__call__
+
+    def call(self: CausalWan, x: Any, *args: Any, **options: Any) -> Any:
+        seen.add((len(x), x.shape[2], int(options["commit"])))
+        return inner(self, x, *args, **options)
+
+    monkeypatch.setattr(CausalWan, "__call__", call)
+    with rollout() as model:
+        stream = VideoStream(model, Settings("a", steps=3, guidance="full", guidance_scale=2.0))
+        stream.warmup()
+        warmed = set(seen)
+        seen.clear()
+        for frame in video(25):
+            stream.push(frame)
+        stream.flush()
+    assert seen and seen <= warmed
 
 
 def test_two_streams_of_different_sizes_share_a_model() -> None:

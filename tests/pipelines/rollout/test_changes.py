@@ -1,0 +1,100 @@
+"""Chunks that are inside while settings change, a video begins anew, or a step fails."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from fastdiff_pipelines.rollout import Context
+from tests.pipelines.rollout.tiny import rollout, video
+
+
+def test_what_a_change_finished_does_not_come_out_in_the_next_video() -> None:
+    with rollout(steps=2) as model:
+        session = model.open("x")
+        assert [len(session.generate()) for _ in range(2)] == [0, 1]
+        session.update(steps=1)
+        assert session.in_flight == 1
+        session.restart()
+        assert session.in_flight == 0 and session.ledger.summary()["frames"]["dropped"] == {"restarted": 4}
+        assert [(chunk.number, len(chunk)) for chunk in session.generate()] == [(2, 1)]
+
+
+@pytest.mark.parametrize(("fails", "frames"), [("generate", 13), ("flush", 9)])
+def test_what_a_failing_step_takes_with_it_is_counted(fails: str, frames: int) -> None:
+    with rollout(steps=3) as model:
+        session = model.open("x")
+        for part in (video(1), video(4), video(4)):
+            for chunk in session.generate(part):
+                session.ledger.hand_out(chunk)
+        work: Any = session.flush
+        if fails == "generate":
+            session.update(steps=2)
+            work = partial(session.generate, video(4))
+        # a flush finishes a chunk with its first call, the change above has finished both
+        calls = iter(range(10))
+
+        def stop(*_: Any) -> None:
+            if next(calls) == (fails == "flush"):
+                raise KeyboardInterrupt
+
+        handle = model.pipe.transformer.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        handle.remove()
+        counted = session.ledger.summary()["frames"]
+    assert session.in_flight == 0 and session.restarts == 1
+    assert counted == {"in": frames, "shown": 1, "repeated": 0, "dropped": {"failed": frames - 1}}
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 1)])
+def test_another_chunk_length_leaves_the_last_chunk_as_it_was(before: int, after: int) -> None:
+    """Its frames see each other and nothing of what comes later, whatever comes later."""
+    with rollout(steps=1, batched=False, chunk=before, context=Context(frames=6)) as model:
+        keys = []
+        for changes in ({}, {"chunk": after}):
+            session = model.open("x")
+            session.generate()
+            session.update(**changes)
+            session.generate()
+            keys.append(session._memory.cache.keys.get(1)[:, :before].clone())
+    torch.testing.assert_close(keys[1], keys[0], rtol=0, atol=1e-5)
+
+
+def test_shorter_chunks_take_what_waited_for_a_longer_one() -> None:
+    frames = video(12)
+    source = [*frames[:4], {"chunk": 1}, *frames[4:]]
+    with rollout(steps=1, chunk=2, batched=False) as model:
+        for on_bad in ("raise", "drop"):
+            session = model.open("x")
+            assert [len(chunk) for chunk in session.run(source, on_bad=on_bad)] == [1, 4, 4, 3]
+            assert session.ledger.summary()["frames"] == {"in": 12, "shown": 12, "repeated": 0, "dropped": {}}
+
+
+def test_an_item_with_too_few_videos_is_a_bad_frame() -> None:
+    one, two = video(6), video(6, seed=1)
+    pairs = [list(pair) for pair in zip(one, two, strict=True)]
+    with rollout(steps=1, batched=False) as model:
+        session = model.open(["x", "y"])
+        made = list(session.run([*pairs[:2], [one[2]], *pairs[3:]], on_bad="drop"))
+        assert sum(len(chunk) for chunk in made) == 5
+        assert session.ledger.summary()["frames"]["dropped"] == {"broken": 1}
+        with pytest.raises(ValueError, match="2 videos take 2 control frames at a time, got 1"):
+            list(session.run([[one[0]]]))
+
+
+def test_absolute_positions_go_on_when_the_context_is_computed_again() -> None:
+    with rollout(steps=2, context=Context(frames=3, sinks=1, kind="steps", positions="absolute")) as model:
+        session = model.open("x")
+        for _ in range(6):
+            session.generate()
+        session.flush()
+        before = session._memory.cache.moments([1])
+        assert before.tolist() == [[0, 4, 5]]
+        session.update(steps=3, guidance_scale=2.0)
+        assert session._memory.cache.moments().tolist() == before.tolist() * 6
+        session.update(prompt="y")
+        session.finalise()
+        assert session._memory.cache.moments().tolist() == before.tolist() * 6
+        assert session._memory.cache.layout(1).new.flatten().tolist() == [6] * 6
