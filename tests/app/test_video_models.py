@@ -113,3 +113,18 @@ def test_the_live_page_serves_it_as_any_model(folder: Path, tmp_path: Path) -> N
         assert live.hello()["video"] and not live.hello()["records"]
         with pytest.raises(ValueError, match="by the clock"):
             live.record(live.session(), True)
+
+
+def test_a_live_video_says_what_it_does_for_its_target(program: Any, folder: Path, tmp_path: Path) -> None:
+    write_video(tmp_path / "in.mp4", np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8), 16)
+    words = ("stream", "--model", folder, "--source", "in.mp4", "--sink", "out", "--size", 32, "--steps", 2)
+    words = (*words, "--plan", "none", "--json", "ledger.json", "--target-ms", 1)
+    ran = program(*words)
+    assert ran.code == 0, ran.err
+    found = json.loads((tmp_path / "ledger.json").read_text())["pace"]
+    # no machine makes a frame in a millisecond, and one step comes nearest
+    assert found["now"] == "1 of 2 steps, too slow for the target"
+    assert (found["fits"], found["choice"]["steps"]) == (False, 1)
+    assert "could not be kept" in ran.err
+    refused = program(*words, "--record", "session.fdrec")
+    assert refused.code == ExitCode.USAGE and "by the clock" in refused.err
