@@ -13,7 +13,7 @@ from fastdiff_app.failures import ExitCode
 from fastdiff_app.live.model import LiveModel
 from fastdiff_app.live.server import Live, Serving
 from fastdiff_app.video import VideoSource, write_video
-from fastdiff_pipelines.rollout import ChunkRollout, VideoStream
+from fastdiff_pipelines.rollout import ChunkRollout, VideoStream, slo
 from fastdiff_pipelines.settings import Settings
 
 PROMPT = "a red circle moving left on a blue background"
@@ -98,7 +98,10 @@ def test_an_image_model_still_needs_a_clip(program: Any) -> None:
     assert ran.code == ExitCode.USAGE and "--input" in ran.err
 
 
-def test_the_live_page_serves_it_as_any_model(folder: Path, tmp_path: Path) -> None:
+def test_the_live_page_serves_it_as_any_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Any] = []
+    whole = slo.measured_costs
+    monkeypatch.setattr(slo, "measured_costs", lambda rollout: measured.append(rollout) or whole(rollout))
     settings = Settings(PROMPT, steps=2)
     with LiveModel(str(folder), settings, plan="none", size=(32, 32), target_ms=60_000, interval_ms=1000) as model:
         stream, small = model.open(), model.open(0.5)
@@ -107,6 +110,8 @@ def test_the_live_page_serves_it_as_any_model(folder: Path, tmp_path: Path) -> N
         made = [one for _ in range(6) for one in stream.push(np.zeros((32, 32, 3), np.uint8))] + stream.flush()
         assert [one.image.shape for one in made] == [(32, 32, 3)] * 6
         assert model.controller() is None and model.conditions == []
+        model.open()
+        assert [(one.height, one.width) for one in measured] == [(32, 32), (16, 16)]
         # its scheduler goes by the clock
         assert not model.replays
         live = Live(model, Serving(recordings=tmp_path))

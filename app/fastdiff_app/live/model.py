@@ -54,6 +54,7 @@ class LiveModel:
     rollout: Any = None
     _held: ExitStack = field(default_factory=ExitStack)
     _others: dict[str, Any] = field(default_factory=dict)
+    _costs: dict[tuple[int, int], Any] = field(default_factory=dict)
     _measured: dict[Any, tuple[Any, np.ndarray]] = field(default_factory=dict)
 
     @property
@@ -80,6 +81,7 @@ class LiveModel:
     def _enter(self, plan: Plan) -> None:
         self._held.callback(self._others.clear)
         self._held.callback(self._measured.clear)
+        self._held.callback(self._costs.clear)
         self.pipe = load_pipeline(self.name, "image-to-image")
         if any(hasattr(one, "lora_A") for one in self.pipe.unet.modules()) if hasattr(self.pipe, "unet") else False:
             self.lora = LiveLora(self.pipe.unet)
@@ -127,7 +129,10 @@ class LiveModel:
             fps = 1000 / self.interval_ms
             steps = tuple(range(1, self.settings.steps + 1))
             target = Target(self.target_ms, fps=fps, source_fps=fps)
-            scheduler = SloScheduler(measured_costs(rollout), target, steps=steps, chunks=(1,))
+            # once for each size, before anybody came: beside a viewer's frames calls would seem slower than they are
+            if (height, width) not in self._costs:
+                self._costs[height, width] = measured_costs(rollout)
+            scheduler = SloScheduler(self._costs[height, width], target, steps=steps, chunks=(1,))
         made = VideoStream(rollout, self.settings, scheduler)
         made.warmup()
         return made

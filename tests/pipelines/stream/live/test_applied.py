@@ -114,9 +114,11 @@ def test_the_pace_of_a_video_is_in_the_sessions_json(model: Any) -> None:
     # a call of 300 ms: two steps of one chunk miss what four frames play, one step does not
     target = Target(first_frame_ms=2000, fps=8)
     scheduler = SloScheduler(Costs(call=300, row=0), target, steps=(1, 2), chunks=(1,), batched=(False,))
-    session, _ = _live(model, clock, problems, scheduler=scheduler)
+    session, stream = _live(model, clock, problems, scheduler=scheduler)
     session.offer(video(1)[0], 0)
     session.step()
+    # the settings that came with the first frame leave the choice standing
+    assert stream.settings.steps == 2 and stream._session.settings.steps == 1
     found = session.summary()["pace"]
     assert found["now"] == "1 of 2 steps"
     assert found["fits"] and found["choice"]["steps"] == 1
