@@ -135,6 +135,8 @@ def _model(model: str, scenes: list[world.Scene], truth: torch.Tensor, known: li
             row.quality["mmd2_difference"] = mmd2_difference(seen[one.name], seen[control], truth)
             row.quality["attribute_to_control"] = paired_difference(scores[one.name], scores[control])
         row.quality["diversity"] = _diversity(pipe, one, known, batch)
+        if drawn.get(teacher) and row.ms_median:
+            row.ratio = float(np.median(drawn[teacher][1])) / row.ms_median
         rows.append(row)
     return rows
 

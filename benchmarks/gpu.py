@@ -54,6 +54,7 @@ class Place:
         architectures: what to build, full size or shrunken.
         frames: frames timed per row.
         until: `perf_counter` time after which no further row is begun.
+        pictures: drawn in one call, where single denoiser calls are timed.
     """
 
     device: torch.device
@@ -62,6 +63,7 @@ class Place:
     architectures: tuple[Architecture, ...]
     frames: int
     until: float
+    pictures: int = 1
 
     def wait(self) -> None:
         """Until the device has done everything it was given."""

@@ -69,13 +69,14 @@ def skip_suite(place: "Place") -> Iterator[Row]:
                 yield could_not_run(f"{name}plain", "left out: the suite's time was used up")
                 continue
             try:
-                yield from _skips(place, pipe, architecture.size, name, members)
+                yield from skips(place, pipe, architecture.size, name, members)
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 yield could_not_run(f"{name}plain", error)
         pipe = None
 
 
-def _skips(place: "Place", pipe: Any, size: int, name: str, members: tuple[Compile, ...]) -> Iterator[Row]:
+def skips(place: "Place", pipe: Any, size: int, name: str, members: tuple[Compile, ...]) -> Iterator[Row]:
+    """Rows of one pipeline under `Compile` or not: its calls as it is, and computed and left out under a forecast."""
     base, _ = _calls(place, pipe, size, members)
     step = median(base["computed"])
     yield Row.timed(f"{name}plain computed", base["computed"], nfe=1, quality={"of_step": Interval.exact(1.0)})
@@ -130,9 +131,10 @@ def _calls(
 
 
 def _run(pipe: Any, size: int, place: "Place") -> None:
-    picture = torch.zeros(1, 3, size, size, device=place.device, dtype=place.dtype)
+    picture = torch.zeros(place.pictures, 3, size, size, device=place.device, dtype=place.dtype)
     given: dict[str, Any] = dict(image=picture, strength=1.0, num_inference_steps=STEPS, guidance_scale=1.0)
-    pipe(prompt="a red circle", generator=torch.Generator().manual_seed(0), output_type="latent", **given)
+    words = ["a red circle"] * place.pictures
+    pipe(prompt=words, generator=torch.Generator().manual_seed(0), output_type="latent", **given)
 
 
 @dataclass

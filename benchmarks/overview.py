@@ -110,6 +110,11 @@ def table(results: Path) -> str:
         instead = ""
         if line.control in rows:
             other = rows[line.control]
+            if not other.quality:
+                lines.append(
+                    f"| {line.what} | {times:.2f} | {line.price(rows[line.priced or line.method])} | {other.note} |"
+                )
+                continue
             faster = "" if other.ratio is None or line.priced else f", {other.ratio:.2f} times"
             instead = f"{line.control}{faster}: {line.price(other)}"
         lines.append(f"| {line.what} | {times:.2f} | {line.price(rows[line.priced or line.method])} | {instead} |")

@@ -64,6 +64,7 @@ def _loop(pipe: Any, name: str, shot: Demo, size: int) -> StreamLoop:
 
 def _rows(runs: dict[str, list[Run]], shots: list[Demo]) -> Iterator[Row]:
     plain: np.ndarray | None = None
+    slowest: float | None = None
     for name, done in runs.items():
         options = WAYS[name][1]
         taken = [milliseconds for one in done for milliseconds in one.milliseconds]
@@ -76,6 +77,8 @@ def _rows(runs: dict[str, list[Run]], shots: list[Demo]) -> Iterator[Row]:
         row.quality["attribute"] = mean_interval(mean)
         first = mean if plain is None else plain
         plain = first
+        slowest = slowest or row.ms_median
+        row.ratio = slowest / row.ms_median if slowest and row.ms_median else None
         row.quality["attribute_difference"] = paired_difference(mean, first)
         row.note = f"{1000 / row.ms_median:.1f} frames a second" if row.ms_median else ""
         yield row

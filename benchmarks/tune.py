@@ -5,21 +5,29 @@ speed the plan that `fastdiff tune` chose, and with -expected what it said of it
 held-out prompts and milliseconds for a picture; `psnr_off` is measured less expected in dB, `ms_times` measured over
 expected latency, `speed_times` the measured speed over the one that was asked for. `search_generations` is the work of
 the search in full generations for each of its prompts, `proof_generations` that of the proof for each of its own.
+Rows `calls of N: ...` are single denoiser calls of N pictures: as they are, and computed or left out under `Forecast`;
+`of_step` is their time over that of the first.
 """
 
+from collections.abc import Iterator
+from math import inf
 from statistics import median
 from typing import Any
 
 import torch
 
+from benchmarks import gpu_cache
 from benchmarks.cache import SEEDS, ddim, plain, planned, workload
+from benchmarks.gpu import Place
 from benchmarks.record import Record, Row
+from fastdiff.miniature import models
 from fastdiff.planning.tune import Planner, Tuned
 from fastdiff.quality import Interval, median_interval, psnr
 from fastdiff_app.engine import load_pipeline
 
 STEPS = 28
 SPEEDS = (2, 3)
+CALLS = (1, 16)  # pictures in the calls that are timed one by one
 
 
 def run(full: bool = False, prompts: int = 0, searched: int = 16, batch: int = 16, pipe: Any = None) -> Record:
@@ -56,7 +64,17 @@ def run(full: bool = False, prompts: int = 0, searched: int = 16, batch: int = 1
         measured = Row.timed(name, taken[name], nfe=2 * found.best.computed, note=found.best.name)
         measured.quality["psnr"] = median_interval(decibels)
         record.rows += [measured, _expected(name, found, measured, median(taken["baseline"]), speed)]
+    record.rows += _calls(CALLS)
     return record.finish()
+
+
+def _calls(sizes: tuple[int, ...]) -> Iterator[Row]:
+    """What leaving a call out costs here beside computing it."""
+    pipe = load_pipeline(None, "image-to-image")
+    pipe.scheduler = ddim(pipe.scheduler)
+    for pictures in sizes:
+        place = Place(torch.device("cpu"), torch.float32, None, (), 5 * gpu_cache.STEPS, inf, pictures)
+        yield from gpu_cache.skips(place, pipe, models.SIZE, f"calls of {pictures}: ", ())
 
 
 def _expected(name: str, found: Tuned, measured: Row, baseline_ms: float, asked: int) -> Row:

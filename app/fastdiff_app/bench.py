@@ -15,6 +15,7 @@ _SUPPORT = (
     "attention_quality",
     "card",
     "chromium",
+    "contenders",
     "full_size",
     "gpu_cache",
     "kept",

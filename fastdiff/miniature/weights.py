@@ -22,10 +22,11 @@ def path(name: str = "mini-sd") -> Path:
     folder = FOLDER / name
     if not (folder / "model_index.json").exists():
         known = sorted(p.parent.name for p in FOLDER.glob("*/model_index.json"))
-        first, then = ("wan-autoencoder", name) if "wan" in name else ("autoencoder", "mini-sd")
+        runs = {"mini-wan": "wan-autoencoder --images 110000`, then `mini-wan", "mini-dit": "mini-dit --images 400000"}
+        run = runs.get(name, "autoencoder --images 300000`, then `mini-sd")
         raise FileNotFoundError(
             f"no embedded model {name!r} (there are: {', '.join(known) or 'none'}); train it with "
-            f"`python -m fastdiff.miniature.train {first} --images 300000`, then `{then}`"
+            f"`python -m fastdiff.miniature.train {run}`"
         )
     return folder
 

@@ -176,10 +176,17 @@ class Planner:
         """A second number of computed steps, so that latency is a line and not a guess."""
         if len(self.study.seconds) > 1:
             return
-        steps = self.calibration.steps
-        _, taken = self.calibration.run(self.pipe, max(2, steps // 3))
-        self.study.time(max(2, steps // 3), taken)
-        self.study.spent += max(2, steps // 3) / steps
+        steps, few = self.calibration.steps, max(2, self.calibration.steps // 3)
+        for count in (few, steps):
+            # all steps take less than so many times the time of few, or something else was at work meanwhile
+            if count == steps and self.study.latency(steps) <= (1 + TOLERANCE) * self.study.latency(few) * steps / few:
+                continue
+            if count == steps:
+                self.say("the machine was busy with something else; once more")
+                self.study.seconds.pop(steps)
+            _, taken = self.calibration.run(self.pipe, count)
+            self.study.time(count, taken)
+            self.study.spent += count / steps
         self._base = self.study.spent
 
     def _least(self, budget: Budget, counts: list[int], tried: list[tuple[str, int, float]]) -> int:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 
-from benchmarks import cache, kept, tune
+from benchmarks import cache, contenders, kept, tune
 from benchmarks.peers.caches import DeepCache
 from benchmarks.peers.environments import FOLDER
 from benchmarks.peers.pipelines import PeerFailed, PipelinePeer
@@ -15,6 +16,7 @@ from benchmarks.record import Row
 from fastdiff.miniature import untrained
 from fastdiff.planning import measure
 
+CALLS = [f"calls of 2: {name}" for name in ("plain computed", "forecast computed", "forecast left out")]
 WAYS = ("fewer-steps", "uniform", "deepcache", "diffusers", "cache-dit", "fastdiff-static", "fastdiff-planned")
 
 
@@ -32,10 +34,18 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "ROOT", tmp_path)
 
 
+def _count_calls(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock for the planner that counts calls of the denoiser, or the machine's load would choose the plan."""
+    calls = [0]
+    pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: calls.append(calls.pop() + 1))
+    monkeypatch.setattr(measure, "perf_counter", lambda: float(calls[0]))
+
+
 @pytest.mark.slow
 def test_every_row_is_there_with_its_figures_or_its_reason(pipe, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache, "STEPS", {"ddim": 8, "dpm": 8})
     monkeypatch.setattr(cache, "FULL", 5)
+    _count_calls(pipe, monkeypatch)
     own = pipe.scheduler
     bench = partial(cache.run, prompts=2, batch=2, searched=2, samplers=("dpm",), peers=False, pipe=pipe)
     record = bench()
@@ -58,7 +68,7 @@ def test_every_row_is_there_with_its_figures_or_its_reason(pipe, monkeypatch: py
 def _goes_on(bench, record, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--full` takes the times that were kept, draws the prompts that are missing, and is as good when interrupted."""
     drawn = []
-    own = cache.plain
+    own = contenders.plain
 
     def counted(pipe, steps):
         draw = own(pipe, steps)
@@ -71,9 +81,9 @@ def _goes_on(bench, record, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return draw_and_count
 
-    monkeypatch.setattr(cache, "plain", counted)
+    monkeypatch.setattr(contenders, "plain", counted)
     ended = bench(full=True)
-    monkeypatch.setattr(cache, "plain", own)
+    monkeypatch.setattr(contenders, "plain", own)
     whole = bench(full=True)
     for one in (ended, whole):
         assert [row.ms_median for row in one.rows] == [row.ms_median for row in record.rows]
@@ -90,13 +100,16 @@ def _goes_on(bench, record, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_plans_word_stands_beside_what_it_did(pipe, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "STEPS", 8)
-    # a clock that counts calls of the denoiser, or the machine's load would choose the plan
-    calls = [0]
-    pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: calls.append(calls.pop() + 1))
-    monkeypatch.setattr(measure, "perf_counter", lambda: float(calls[0]))
+    monkeypatch.setattr(tune, "CALLS", (2,))
+    monkeypatch.setattr(
+        tune,
+        "load_pipeline",
+        lambda name, task: StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False),
+    )
+    _count_calls(pipe, monkeypatch)
     record = tune.run(prompts=2, searched=2, batch=2, pipe=pipe)
     names = [row.method for row in record.rows]
-    assert names == ["baseline", "plan-2x", "plan-2x-expected", "plan-3x", "plan-3x-expected"]
+    assert names == ["baseline", "plan-2x", "plan-2x-expected", "plan-3x", "plan-3x-expected", *CALLS]
     for speed in (2, 3):
         said, did = record.row(f"plan-{speed}x-expected"), record.row(f"plan-{speed}x")
         off = did.quality["psnr"].value - said.quality["psnr"].value
@@ -132,6 +145,23 @@ def test_rows_off_the_planned_latency_carry_no_figure():
     assert rows["fastdiff-planned-2x"].quality["expected_psnr"].value == 30.0
     assert rows["deepcache-2x"].note == "left out"
     assert rows["deepcache-2x"].ms_median is None
+
+
+def test_a_control_that_missed_the_latency_is_asked_again_with_what_was_measured():
+    def draw(some: list[str], noise: list[int]) -> tuple[torch.Tensor, float]:
+        return torch.zeros(len(some), 3, 8, 8), 1.0
+
+    best = cache.Contender("fastdiff-planned-2x", draw, 2, 20, milliseconds=[50.0] * 3)
+    near, far = (cache._counted("fewer-steps-2x", lambda count: draw, 2, 10, 50) for _ in range(2))
+    near.milliseconds, far.milliseconds = [51.0] * 3, [40.0] * 3
+    baseline = cache.Contender("baseline", None, milliseconds=[100.0])
+    assert cache._missed(cache.Stage([baseline, near, best], {}, {})) == []
+    stage = cache.Stage([baseline, far, best], {}, {})
+    beside = cache._missed(stage)
+    assert [one.name for one in beside] == ["baseline", "fastdiff-planned-2x", "fewer-steps-2x"]
+    # a quarter more time, so 12 steps for 10
+    assert stage.contenders[1] is beside[2]
+    assert (beside[2].nfe, beside[2].milliseconds) == (24, [])
 
 
 def test_what_was_kept_is_of_the_same_settings_and_sources(tmp_path: Path):
