@@ -41,6 +41,7 @@ peers: $(READY)
 readme: $(READY)
 	@$(PYTHON_IN) -m benchmarks.readme
 	@$(PYTHON_IN) -m benchmarks.card
+	@$(PYTHON_IN) -m benchmarks.more_cards
 
 clean:
 	rm -rf out .venv .peers

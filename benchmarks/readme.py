@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks import overview
 from benchmarks.record import RESULTS, Record, Row
+from fastdiff.miniature import moving_detector
 from fastdiff_app.console import SHORT, number
 
 ROOT = RESULTS.parents[1]
@@ -15,6 +16,7 @@ PICTURE = RESULTS / "stream.png"
 PLOTS = {
     "parallel": "quality against bytes received",
     "attention": "quality and speed against the share of key blocks left out",
+    "drift": "attributes right against the number of chunks made, a line a setting",
 }
 SAID = "not reachable"  # notes that stand in for the figures a row does not have
 FOLDED = 14  # rows above which a table is folded away
@@ -87,6 +89,8 @@ def _section(name: str) -> str:
         "quantization": ("output_error", "weight_error", "psnr", "bytes"),
         "live": (),
         "video": ("first_frame_ms", "fps", "jitter_ms_p95", "late", "bytes_per_chunk", "attribute", "track_error_px"),
+        "moving": ("nfe", *moving_detector.ATTRIBUTES, "track_error_px", "permanence", "flicker"),
+        "drift": ("attribute", "attribute_change", "track_error_px", "permanence", "flicker"),
         "training_free": ("nfe", "border", "attribute", "rows_per_frame", "place_error", "gain", "psnr"),
         "batch": ("max_abs_difference", "times_undisturbed", "lost", "duplicated", "different", "redone"),
     }

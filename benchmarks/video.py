@@ -30,9 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.moving import GUIDANCE, SEED
+from benchmarks import drift
+from benchmarks.moving import GUIDANCE
 from benchmarks.record import Record, Row, could_not_run, percentile
-from fastdiff.miniature import moving, moving_detector, wan, wan_rollout, wan_weights, world
+from fastdiff.miniature import wan, wan_rollout, wan_weights
 from fastdiff.quality import Interval, mean_interval, paired_difference
 from fastdiff.video.streaming_vae import StreamingVAE
 from fastdiff_app.engine import load_pipeline
@@ -61,7 +62,7 @@ def run(full: bool = False, pipe: Any = None, chunks: int = 0, rollouts: int = 0
     """
     note, drawn = "", pipe
     if drawn is None:
-        drawn, note = _embedded()
+        drawn, note = embedded()
     with torch.no_grad():
         record = Record("video", _timed(drawn, chunks or (4000 if full else 2000)))
         record.rows += _drift(drawn, rollouts or (128 if full else 24), note)
@@ -70,7 +71,7 @@ def run(full: bool = False, pipe: Any = None, chunks: int = 0, rollouts: int = 0
     return record.finish()
 
 
-def _embedded() -> tuple[Any, str]:
+def embedded() -> tuple[Any, str]:
     """`mini-wan` with the LoRA that was trained for rollouts where there is one, and what is missing."""
     try:
         pipe = load_pipeline("mini-wan", "text-to-image")
@@ -207,40 +208,10 @@ def _drift(pipe: Any, count: int, note: str) -> list[Row]:
     """What is left of the prompts after ten, a hundred and a thousand chunks."""
     if note:
         return [could_not_run(f"{name}-chunk-{mark}", note) for name in DRIFTING for mark in MARKS]
-    rng = np.random.default_rng(SEED + 1)
-    scenes = [moving.scene(rng) for _ in range(count)]
-    seen = {name: _followed(pipe, scenes, **settings) for name, settings in DRIFTING.items()}
-    rows = [
-        _drift_row(f"{name}-chunk-{mark}", found[mark], found[MARKS[0]])
-        for name, found in seen.items()
-        for mark in MARKS
-    ]
+    scenes = drift.scenes_of(count)
+    seen = {name: drift.followed(pipe, scenes, MARKS, **settings) for name, settings in DRIFTING.items()}
+    rows = [row for name, found in seen.items() for row in drift.rows(f"{name}-chunk", found)]
     for mark, row in zip(MARKS, rows, strict=False):
         ours, sequential = (seen[name][mark]["attribute"] for name in DRIFTING)
         row.quality["attribute_difference"] = paired_difference(ours, sequential, seed=0)
     return rows
-
-
-def _followed(pipe: Any, scenes: list[world.Scene], **settings: Any) -> dict[int, dict[str, np.ndarray]]:
-    """What the detector reads at each mark, of rollouts of the scenes' captions side by side."""
-    recent: list[np.ndarray] = []
-    found = {}
-    with ChunkRollout(pipe, height=wan.SIZE, width=wan.SIZE, steps=STEPS) as rollout:
-        captions = [world.caption(scene) for scene in scenes]
-        for number, frames in enumerate(rollout(captions, chunks=MARKS[-1], **settings), start=1):
-            recent = [*recent, frames][-4:]
-            if number in MARKS:
-                found[number] = _read(np.concatenate(recent, axis=1), scenes)
-    return found
-
-
-def _read(clips: np.ndarray, scenes: list[world.Scene]) -> dict[str, np.ndarray]:
-    found = moving_detector.score(list(clips), scenes)
-    return found | {"attribute": np.mean([found[name] for name in moving_detector.ATTRIBUTES], axis=0)}
-
-
-def _drift_row(name: str, seen: dict[str, np.ndarray], began: dict[str, np.ndarray]) -> Row:
-    quality = {name: mean_interval(values) for name, values in seen.items()}
-    if seen is not began:
-        quality["attribute_change"] = paired_difference(seen["attribute"], began["attribute"], seed=0)
-    return Row(name, quality=quality)

@@ -19,6 +19,7 @@ _SUPPORT = (
     "full_size",
     "gpu_cache",
     "kept",
+    "more_cards",
     "overview",
     "page",
     "record",

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from . import flow, models, render, wan_student, wan_training, weights, world
+from . import flow, models, render, wan_buffer, wan_student, wan_training, weights, world
 from .replica import Replica
 
 DEFAULTS = {
@@ -17,6 +17,7 @@ DEFAULTS = {
     "mini-dit": {"batch": 128, "learning_rate": 2e-3},
     **wan_training.DEFAULTS,
     "mini-wan-student": wan_student.DEFAULTS,
+    "mini-wan-buffer": wan_buffer.DEFAULTS,
 }
 _POOL = 4096  # scenes drawn and encoded at a time, per process
 _SINGLES = 120_000  # images of one object each before pairs and landscapes join
@@ -159,4 +160,5 @@ BUILDERS: dict[str, Callable] = {
     "wan-autoencoder": wan_training.autoencoder,
     "mini-wan": wan_training.mini_wan,
     "mini-wan-student": wan_student.mini_wan_student,
+    "mini-wan-buffer": wan_buffer.mini_wan_buffer,
 }

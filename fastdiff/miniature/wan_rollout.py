@@ -17,10 +17,14 @@ from . import wan
 CONTEXT = 4  # latent frames before the one that is made: with it, a window as in training
 
 
+def shifted(even: Any, shift: float = wan.SHIFT) -> Any:
+    """Evenly spaced noise levels in 0..1, a number or an array, moved towards noise."""
+    return shift * even / (1 + (shift - 1) * even)
+
+
 def sigmas(steps: int, shift: float = wan.SHIFT) -> list[float]:
     """Noise levels of a frame's denoiser calls, from 1 down, shifted towards noise; the last call ends at 0."""
-    even = [1 - step / steps for step in range(steps)]
-    return [shift * level / (1 + (shift - 1) * level) for level in even]
+    return [shifted(1 - step / steps, shift) for step in range(steps)]
 
 
 class Rollout:

@@ -2,7 +2,8 @@
 
 The transformer learns single frames first (sixteen tokens each, where colours and shapes are cheap to learn), then
 windows of five latent frames. Most windows are block-causal with a noise level of their own for every frame (diffusion
-forcing, https://arxiv.org/abs/2407.01392), some have one level for all and full attention, as a pipeline calls it.
+forcing, https://arxiv.org/abs/2407.01392). The others have full attention: with one level for all, as a pipeline calls
+it, or with levels that rise from share to share, as a moving buffer holds them (https://arxiv.org/abs/2507.03745).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fastdiff.anatomy_video import FeatureList
 
-from . import moving, tokenizer, wan, wan_forward, wan_weights, world
+from . import moving, tokenizer, wan, wan_forward, wan_rollout, wan_weights, world
 from .replica import Replica
 
 DEFAULTS = {
@@ -31,7 +32,10 @@ _POOL = 1536  # clips drawn and encoded at a time
 _PASSES = 6  # times a pool is used, each with new captions, windows, levels and noise
 _STILLS = 0.35  # of the run: single frames only; after it every fourth step is one
 _STILL_BATCH = 3  # single frames for each clip of a batch
-_WHOLE = 0.25  # of the steps with clips: full attention and one noise level, as `WanPipeline` calls it
+_WHOLE = 0.2  # of the steps with clips: full attention and one noise level, as `WanPipeline` calls it
+_BUFFERED = 0.15  # of the steps with clips: full attention and the levels of a moving buffer
+_GROWING = 0.3  # of those: a buffer that still fills
+SHARES = 4  # chunks of one frame in a moving buffer, each in its own share of the noise levels
 _PADDING = 0.6  # of the run before prompts are padded as the pipeline pads them: before, few tokens are seen sooner
 _CLEAN = 0.4  # of the frames of a causal window: context, hardly noisy
 _RISING = 0.35  # of the causal windows: levels that rise from frame to frame
@@ -206,9 +210,39 @@ def causal_levels(starts: np.ndarray, rng: np.random.Generator) -> tuple[np.ndar
     return np.where(context, _CONTEXT * rng.random(shape), sigma), 1.0 - context
 
 
-def windows(latents: Tensor, starts: np.ndarray) -> Tensor:
-    """Frames ``start`` to ``start + 5`` of each clip: ``[B, C, 9, h, w]`` to ``[B, C, 5, h, w]``."""
-    return torch.stack([clip[:, start : start + _WINDOW] for clip, start in zip(latents, starts.tolist(), strict=True)])
+def buffer_levels(batch: int, under_way: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Sigmas float64 [B, F] of windows as a moving buffer holds them, and which frames are learned, 1 and 0.
+
+    Every frame has a level of its own inside its share, the last frame in the noisiest. A full buffer is led by a clean
+    frame that is not learned; one that still fills holds the first frames of a clip and nothing else.
+    """
+    first = SHARES - under_way + np.arange(under_way)
+    sigma = wan_rollout.shifted((first + rng.random((batch, under_way))) / SHARES)
+    weight = np.ones_like(sigma)
+    if under_way == SHARES:
+        led = _CONTEXT * rng.random((batch, 1))
+        sigma, weight = np.hstack([led, sigma]), np.hstack([np.zeros_like(led), weight])
+    return sigma, weight
+
+
+def windows(latents: Tensor, starts: np.ndarray, frames: int = _WINDOW) -> Tensor:
+    """As many frames from ``start`` of each clip: ``[B, C, 9, h, w]`` to ``[B, C, frames, h, w]``."""
+    return torch.stack([clip[:, start : start + frames] for clip, start in zip(latents, starts.tolist(), strict=True)])
+
+
+def _window(latents: Tensor, rng: np.random.Generator) -> tuple[Tensor, np.ndarray, np.ndarray, bool]:
+    """A step's windows of clips, their sigmas, which frames are learned, and whether attention is block-causal."""
+    batch, kind = len(latents), rng.random()
+    starts = np.where(rng.random(batch) < 0.5, 0, rng.integers(1, latents.shape[2] - _WINDOW + 1, batch))
+    if kind < _WHOLE:
+        sigma = np.repeat(levels(batch, rng)[:, None], _WINDOW, axis=1)
+        return windows(latents, np.zeros_like(starts)), sigma, np.ones_like(sigma), False
+    if kind < _WHOLE + _BUFFERED:
+        under_way = int(rng.integers(1, SHARES)) if rng.random() < _GROWING else SHARES
+        sigma, weight = buffer_levels(batch, under_way, rng)
+        starts = starts if under_way == SHARES else np.zeros_like(starts)
+        return windows(latents, starts, sigma.shape[1]), sigma, weight, False
+    return windows(latents, starts), *causal_levels(starts, rng), True
 
 
 def mini_wan(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
@@ -226,16 +260,7 @@ def mini_wan(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
             sigma, weight = levels(count, rng)[:, None], np.ones((count, 1))
         else:
             latents, scenes, rng = pool.take(step, batch, _LONG, _POOL, _PASSES)
-            starts = np.zeros(batch, np.int64)
-            causal = rng.random() >= _WHOLE
-            if causal:
-                later = rng.integers(1, latents.shape[2] - _WINDOW + 1, batch)
-                starts = np.where(rng.random(batch) < 0.5, 0, later)
-                sigma, weight = causal_levels(starts, rng)
-            else:
-                sigma = np.repeat(levels(batch, rng)[:, None], _WINDOW, axis=1)
-                weight = np.ones_like(sigma)
-            latents = windows(latents, starts)
+            latents, sigma, weight, causal = _window(latents, rng)
         padded = step >= _PADDING * run.steps and rng.random() < 0.5
         padding = PADDED - tokenizer.LENGTH if padded else 0
         return _error(module, latents, scenes, (sigma, weight), rng, padding, causal)

@@ -16,6 +16,7 @@ from .weights import FOLDER
 
 NAME = "mini-wan"
 STUDENT = FOLDER / "students" / NAME / "rollout"
+BUFFER_STUDENT = FOLDER / "students" / NAME / "buffer"
 _CLIPS = 128  # clips from which the latents' mean and deviation are measured
 _CERTAIN = -20.0  # the logarithm of the variance the encoder reports: its latents are points
 
@@ -29,8 +30,8 @@ def load_into(name: str, module: nn.Module) -> bool:
     """Fills a module being trained from the shipped weights; False where there are none."""
     if name == "wan-autoencoder":
         return _fill(module, FOLDER / NAME / "vae")
-    if name == "mini-wan-student":
-        return _fill(module, STUDENT)
+    if name in _students():
+        return _fill(module, _students()[name])
     parts = ("text_encoder", "transformer")
     return all(_fill(getattr(module, part), FOLDER / NAME / part) for part in parts)
 
@@ -44,11 +45,19 @@ def _fill(module: nn.Module, folder: Path) -> bool:
 
 def export(name: str, state: dict[str, Tensor]) -> None:
     """Writes trained weights as float16 into the shipped folder."""
-    parts = {"wan-autoencoder": _export_autoencoder, "mini-wan-student": _export_student}
-    parts.get(name, _export_model)(state)
+    if name in _students():
+        _export_student(state, _students()[name])
+    elif name == "wan-autoencoder":
+        _export_autoencoder(state)
+    else:
+        _export_model(state)
 
 
-def _export_student(state: dict[str, Tensor]) -> None:
+def _students() -> dict[str, Path]:
+    return {"mini-wan-student": STUDENT, "mini-wan-buffer": BUFFER_STUDENT}
+
+
+def _export_student(state: dict[str, Tensor], folder: Path) -> None:
     from diffusers import WanPipeline
 
     # peft's names in a model hold the adapter's, which files do not
@@ -57,7 +66,7 @@ def _export_student(state: dict[str, Tensor]) -> None:
         for key, value in state.items()
         if "lora_" in key
     }
-    WanPipeline.save_lora_weights(STUDENT, transformer_lora_layers=lora)
+    WanPipeline.save_lora_weights(folder, transformer_lora_layers=lora)
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from fastdiff.anatomy import anatomy
 from fastdiff.caching.boundary import Boundary, Call, read, rebuild
 from fastdiff.hooks import Hooks
 from fastdiff.planning.search import Trajectories
+from fastdiff.quality.control import TOLERANCE
 
 # where in a run errors are probed: denser at both ends, where what becomes of them changes fastest
 PROBES = (0.02, 0.06, 0.14, 0.4, 0.7, 0.85, 0.94, 0.97)
@@ -223,6 +224,33 @@ def study(pipe: Any, workload: Workload) -> Study:
     found = Study(workload, tape, pictures, spent=1.0)
     found.time(workload.steps, taken)
     return found
+
+
+def bracket(pipe: Any, found: Study, say: Callable[[str], None]) -> None:
+    """Times runs of fewer steps, so that latency is a line through three points and not a guess.
+
+    A run of few steps shows what a picture takes beside them; one of a third of the steps lies where plans do. What
+    else is at work on a machine only ever adds: a figure above the line through the other two is measured once more,
+    and the smaller one is kept.
+    """
+    if len(found.seconds) > 1:
+        return
+    steps = found.workload.steps
+    for count in sorted({max(2, steps // 8), max(2, steps // 3)} - {steps}):
+        found.seconds[count] = [_timed(pipe, found, count)]
+    for count in sorted(found.seconds):
+        others = [(other, median(taken)) for other, taken in found.seconds.items() if other != count]
+        here = median(found.seconds[count])
+        if here > (1 + 2 * TOLERANCE) * line(others, count):
+            say(f"{count} steps took longer than they should, as if something else was at work; once more")
+            found.seconds[count] = [min(here, _timed(pipe, found, count))]
+
+
+def _timed(pipe: Any, found: Study, count: int) -> float:
+    """Seconds of a picture in a plain run of so many steps, which is work spent."""
+    _, taken = found.workload.run(pipe, count)
+    found.spent += count / found.workload.steps
+    return median(found.workload.each(taken))
 
 
 def log_mse(pictures: Tensor, reference: Tensor) -> Tensor:

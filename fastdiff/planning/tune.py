@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff.acceleration import Unsupported
+from fastdiff.acceleration import Acceleration, Unsupported
 from fastdiff.caching.forecast import Forecast
 from fastdiff.plan import Plan
 from fastdiff.planning import provenance
 from fastdiff.planning.budget import Budget
 from fastdiff.planning.candidates import LONGEST, Candidate, candidates, controls, forecast_of
 from fastdiff.planning.cheaper import WORTH_IT, at_once, cheaper, in_order
-from fastdiff.planning.measure import Study, Workload, log_mse, outcome_weights, study
+from fastdiff.planning.measure import Study, Workload, bracket, log_mse, outcome_weights, study
 from fastdiff.planning.search import best_schedules, segment_costs, segment_errors
 from fastdiff.quality import Interval, equal_latency, mean_interval, median_interval, paired_median_difference
 from fastdiff.quality import psnr as psnr_of
@@ -148,7 +148,8 @@ class Planner:
             raise ValueError("attribute_drop needs known truth, which only the embedded model has; use psnr or ssim")
         self.study.spent = self._base
         found = self.study
-        self._bracket()
+        bracket(self.pipe, found, self.say)
+        self._base = found.spent
         baseline = found.latency(self.calibration.steps)
         target = None if latency is None else (latency if latency > 0 else baseline / -latency)
         counts = [count for count in sorted(self.schedules) if target is None or found.latency(count) <= target]
@@ -172,48 +173,32 @@ class Planner:
                 return result
             computed = larger[min(len(larger) - 1, max(0, len(larger) // 3))]
 
-    def _bracket(self) -> None:
-        """A second number of computed steps, so that latency is a line and not a guess."""
-        if len(self.study.seconds) > 1:
-            return
-        steps, few = self.calibration.steps, max(2, self.calibration.steps // 3)
-        for count in (few, steps):
-            # all steps take less than so many times the time of few, or something else was at work meanwhile
-            if count == steps and self.study.latency(steps) <= (1 + TOLERANCE) * self.study.latency(few) * steps / few:
-                continue
-            if count == steps:
-                self.say("the machine was busy with something else; once more")
-                self.study.seconds.pop(steps)
-            _, taken = self.calibration.run(self.pipe, count)
-            self.study.time(count, taken)
-            self.study.spent += count / steps
-        self._base = self.study.spent
-
     def _least(self, budget: Budget, counts: list[int], tried: list[tuple[str, int, float]]) -> int:
         """The fewest computed steps expected to keep a PSNR, the expectation corrected by one run."""
         low = [count for count in counts if self.expected(count) >= budget.value]
         guess = min(low, default=max(counts))
         first = candidates(self.study.trajectories, self.errors, self.weights, guess)[0]
-        off = self._calibrated(first, tried) - self.expected(guess)
+        off = self._calibrated(first, tried)[0] - self.expected(guess)
         return min((count for count in counts if self.expected(count) + off >= budget.value), default=max(counts))
 
     def expected(self, computed: int) -> float:
         """PSNR in dB that the search expects of the best schedule with so many computed steps."""
         return -10 * math.log10(max(self.schedules[computed][0], 1e-12))
 
-    def _calibrated(self, candidate: Candidate, tried: list[tuple[str, int, float]]) -> float:
-        """Median PSNR of a candidate on the calibration prompts; -inf where a member of it does nothing."""
+    def _calibrated(self, candidate: Candidate, tried: list[tuple[str, int, float]]) -> tuple[float, float]:
+        """Median PSNR of a candidate on the calibration prompts (-inf where a member does nothing), and its seconds."""
         pictures, taken, idle = self._run(candidate, self.calibration)
+        seconds = median(self.calibration.each(taken))
         if candidate.plain:
             self.study.time(candidate.computed, taken)
         self.study.spent += candidate.computed / self.calibration.steps
         if idle:
             self.say(f"{candidate.name}: left out, {idle} has nothing to do in {candidate.computed} steps")
-            return -math.inf
+            return -math.inf, seconds
         found = float(-10 * log_mse(pictures, self.study.reference).median() / math.log(10))
         tried.append((candidate.name, candidate.computed, found))
         self.say(f"{candidate.computed} of {self.calibration.steps} steps, {candidate.name}: {found:.1f} dB")
-        return found
+        return found, seconds
 
     def _run(self, candidate: Candidate, workload: Workload) -> tuple[Tensor, list[float], str]:
         """Pictures, seconds, and the members that did nothing: a strict user would be refused such a plan."""
@@ -227,12 +212,22 @@ class Planner:
         ranked: list[tuple[float, int, Candidate]] = []
         known = candidates(self.study.trajectories, self.errors, self.weights, computed)
         for candidate in [*known[:FIRST], *self._cheaper(computed), *known[FIRST:]]:
-            if self.study.spent + candidate.computed / self.calibration.steps > self.most and ranked:
+            if ranked and not self._affordable(candidate):
                 continue
-            found = self._calibrated(candidate, tried)
+            found, seconds = self._calibrated(candidate, tried)
+            other = self._resized(candidate, seconds, computed)
+            if (
+                other
+                and math.isfinite(found)
+                and self.study.spent + other.computed / self.calibration.steps <= self.most
+            ):
+                candidate, found = other, self._calibrated(other, tried)[0]
             if math.isfinite(found) or not ranked:
                 ranked.append((-found, len(ranked), candidate))
         return [candidate for _, _, candidate in sorted(ranked)[:FINALISTS]]
+
+    def _affordable(self, candidate: Candidate) -> bool:
+        return self.study.spent + candidate.computed / self.calibration.steps <= self.most
 
     def _cheaper(self, computed: int) -> list[Candidate]:
         """Schedules of cheaper calls, as many more as there is time for; the fastest first."""
@@ -246,10 +241,24 @@ class Planner:
             count = max(counts, default=0)
             if pace > WORTH_IT or not computed < count < self.calibration.steps:
                 continue
-            schedule = self.schedules[count][1]
-            forecast = forecast_of(self.study.trajectories, schedule, 2)
-            found.append(Candidate(f"{name} fit-2", in_order((one, forecast)), count, plain=False))
+            found.append(self._bought(f"{name} fit-2", (one,), count))
         return found
+
+    def _bought(self, name: str, members: tuple[Acceleration, ...], count: int) -> Candidate:
+        """The best schedule of so many computed steps, whose calls are made cheaper by these members."""
+        forecast = forecast_of(self.study.trajectories, self.schedules[count][1], 2)
+        return Candidate(name, in_order((*members, forecast)), count, plain=False)
+
+    def _resized(self, candidate: Candidate, seconds: float, computed: int) -> Candidate | None:
+        """Where cheaper calls took another time than a few of them promised: as many as there is time for."""
+        wanted = self.study.latency(computed)
+        count = round(candidate.computed * wanted / seconds)
+        if candidate.plain or abs(seconds / wanted - 1) <= TOLERANCE or count == candidate.computed:
+            return None
+        if not computed < count < self.calibration.steps or count not in self.schedules:
+            return None
+        kept = tuple(one for one in candidate.members if not isinstance(one, Forecast))
+        return self._bought(candidate.name, kept, count)
 
     def _measured_paces(self) -> Iterator[tuple[str, tuple[Any, float]]]:
         """How long a call takes with each of what could make it cheaper, by a plain one's time."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import moving, video
+from benchmarks import drift, moving, video
 from fastdiff.miniature import wan
 
 ROWS = ["whole-clip", "whole-clip-equal", "sequential", "sliding-window", "fastdiff"]
@@ -34,7 +34,7 @@ def test_video_has_its_rows(pipe, monkeypatch):
 
 
 def test_without_weights_speed_is_measured_and_quality_is_not(pipe, monkeypatch):
-    monkeypatch.setattr(video, "_embedded", lambda: (pipe, "random weights"))
+    monkeypatch.setattr(video, "embedded", lambda: (pipe, "random weights"))
     monkeypatch.setattr(video, "_timed", lambda pipe, chunks: [video.Row("fastdiff", 1.0)])
     record = video.run()
     assert [row.note for row in record.rows] == ["random weights"] * 7
@@ -44,8 +44,32 @@ def test_without_weights_speed_is_measured_and_quality_is_not(pipe, monkeypatch)
 def test_moving_has_its_rows(pipe, monkeypatch):
     monkeypatch.setattr(moving, "STEPS", 2)
     record = moving.run(prompts=3, batch=2, pipe=pipe)
-    assert [row.method for row in record.rows] == ["renders", "autoencoder", "mini-wan", "rollout", "shuffled"]
+    rolled, moved = ["rollout", "rollout-student"], ["buffer-16", "buffer-4", "buffer-student"]
+    assert [row.method for row in record.rows] == ["renders", "autoencoder", "mini-wan", *rolled, *moved, "shuffled"]
     assert record.row("renders").quality["shape"].value == 1.0
     assert "psnr" in record.row("autoencoder").quality
     for row in record.rows:
+        if not row.quality:
+            assert row.method.endswith("student"), row
+            assert "not trained yet" in row.note
+            continue
         assert {"direction", "track_error_px", "permanence", "flicker"} <= set(row.quality)
+
+
+@pytest.mark.slow
+def test_drift_has_every_setting_at_every_mark(pipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(drift, "MARKS", (2, 4, 5))
+    record = drift.run(pipe=pipe, rollouts=2)
+    assert [row.method for row in record.rows] == [f"{name}-{mark}" for name in drift.SETTINGS for mark in (2, 4, 5)]
+    for row in record.rows:
+        assert ("attribute_change" in row.quality) == (not row.method.endswith("-2"))
+        assert 0 <= row.quality["attribute"].value <= 1
+    drift.plot(record, tmp_path / "drift.png")
+    assert (tmp_path / "drift.png").stat().st_size > 1000
+
+
+def test_drift_of_an_untrained_model_is_not_measured(pipe, monkeypatch):
+    monkeypatch.setattr(video, "embedded", lambda: (pipe, "random weights"))
+    record = drift.run()
+    assert {row.note for row in record.rows} == {"random weights"}
+    assert not any(row.quality for row in record.rows)

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fastdiff.caching.forecast import Forecast
 from fastdiff.caching.units import UnitMask
 from fastdiff.miniature.families import family
 from fastdiff.plan import Plan
-from fastdiff.planning import report
+from fastdiff.planning import measure, report
 from fastdiff.planning.budget import Budget
 from fastdiff.planning.candidates import Candidate
 from fastdiff.planning.cheaper import cheaper
@@ -78,7 +79,7 @@ def test_a_member_that_has_nothing_to_do_is_kept_out_of_the_race(planner: Planne
     said: list[str] = []
     tried: list[tuple[str, int, float]] = []
     planner.say = said.append
-    found = planner._calibrated(Candidate("masked", (masked,), STEPS, plain=False), tried)
+    found, _ = planner._calibrated(Candidate("masked", (masked,), STEPS, plain=False), tried)
     planner.say = lambda text: None
     assert found == -math.inf
     assert tried == []
@@ -121,6 +122,13 @@ def test_a_cheaper_call_buys_computed_steps(planner: Planner, monkeypatch: pytes
     assert [one.computed for one in found.values()] == [8, 5]
     assert [type(one).__name__ for one in found["16-bit fit-2"].members] == ["Precision", "Forecast"]
     assert not found["16-bit fit-2"].plain
+    bought = found["16-bit fit-2"]
+    assert planner._resized(bought, 0.41, 4) is None, "near enough"
+    assert planner._resized(bought, 0.60, 4) is None, "not cheaper at all"
+    more = planner._resized(bought, 0.25, 4)
+    assert more is not None
+    assert (more.name, more.computed, more.plain) == (bought.name, 8, False)
+    assert [type(one).__name__ for one in more.members] == ["Precision", "Forecast"]
     loaded = Plan.from_json(Plan(found["16-bit fit-2"].members).to_json())
     pictures, _, idle = planner._run(found["16-bit fit-2"], HELDOUT)
     assert idle == ""
@@ -142,6 +150,29 @@ def test_what_makes_calls_cheaper_is_measured_once_and_counted(planner: Planner,
     assert planner.study.spent == pytest.approx(planner._base)
 
 
+@pytest.mark.parametrize("disturbed", [None, 2, 3, STEPS])
+def test_a_time_that_something_else_lengthened_is_measured_once_more(planner: Planner, monkeypatch, disturbed):
+    asked: list[int] = []
+    said: list[str] = []
+
+    def true(count: int) -> float:
+        return 0.1 + 0.05 * count
+
+    def timed(pipe: Any, found: Any, count: int) -> float:
+        asked.append(count)
+        return true(count) * (2 if count == disturbed and asked.count(count) == 1 and count != STEPS else 1)
+
+    monkeypatch.setattr(measure, "_timed", timed)
+    found = replace(planner.study, seconds={STEPS: [true(STEPS) * (2 if disturbed == STEPS else 1)]})
+    measure.bracket(planner.pipe, found, said.append)
+    assert sorted(asked) == sorted([2, 3, *([disturbed] if disturbed else [])])
+    assert len(said) == (disturbed is not None)
+    for count in range(1, STEPS + 1):
+        assert found.latency(count) == pytest.approx(true(count))
+    measure.bracket(planner.pipe, found, said.append)
+    assert len(asked) == 2 + (disturbed is not None), "once is enough"
+
+
 def test_fewer_steps_are_a_plan_too(planner: Planner):
     from fastdiff.planning.candidates import controls
 
@@ -154,7 +185,6 @@ def test_fewer_steps_are_a_plan_too(planner: Planner):
 
 def test_a_plan_for_many_steps_is_mapped_to_fewer(planner: Planner):
     """28 to 20 steps: the plan computes at the steps nearest to its levels, and says that it was mapped."""
-    from dataclasses import replace
 
     longer, shorter = (replace(HELDOUT, prompts=HELDOUT.prompts[:1], steps=steps) for steps in (28, 20))
     levels = study(planner.pipe, longer).trajectories.levels
