@@ -141,7 +141,8 @@ def _mini_dit() -> Subject:
 def _mini_wan() -> Subject:
     from fastdiff.miniature import moving
 
-    pipe = load_pipeline("mini-wan", "text-to-image")
+    pipe = fastdiff.load("mini-wan")  # `load_pipeline` gives it the student that it is streamed with
+    pipe.set_progress_bar_config(disable=True)
     return Subject(pipe, "-video", moving.SIZE, block=4, tile=2, frames=moving.FRAMES)
 
 

@@ -99,7 +99,7 @@ def run(
             stage = stages[sampler] = _stage(stack, pipe, steps, batch, searched, peers)
             stage.timed = f"timed {record.created}, commit {record.commit}, load {record.machine['load']}"
             _measure([one for one in stage.contenders if one.draw], prompts, batch)
-            _measure(_missed(stage), prompts, batch)
+            _once_more(stage, lambda some: _measure(some, prompts, batch))
         _keep(stage, f"bench-cache-{sampler}", key)
     for sampler, stage in stages.items():
         pipe.scheduler = own if sampler == "dpm" else ddim(own)
@@ -227,24 +227,33 @@ def _measure(contenders: list[Contender], count: int, batch: int) -> None:
             one.milliseconds += [taken / len(some)] * len(some)
 
 
-def _missed(stage: Stage) -> list[Contender]:
-    """Rows that missed the planned row's latency, with settings that what was measured calls for, and what they need.
+def _once_more(stage: Stage, measure: Callable[[list[Contender]], None]) -> None:
+    """Times rows that missed the planned row's latency with the setting that this calls for, beside the planned row.
 
-    Settings were found on a few prompts; those of all the timed ones know better. They are timed beside the planned
-    row once more.
+    Settings were found on a few prompts; what was measured of all the timed ones knows better. Where there is nothing
+    between two settings, the nearer one stays.
     """
     ours = {one.speed: one for one in stage.contenders if one.name.startswith("fastdiff-planned") and one.milliseconds}
-    beside = [stage.contenders[0]]
+    instead: dict[int, Contender] = {}
     for place, one in enumerate(stage.contenders):
         best = ours.get(one.speed)
         if best is None or one.again is None or not one.milliseconds or abs(one.ms / best.ms - 1) <= TOLERANCE:
             continue
         other = one.again(best.ms / one.ms)
-        if other.draw is None or (other.nfe, other.note) == (one.nfe, one.note):
-            continue
-        stage.contenders[place] = other
-        beside += [other] if best in beside else [best, other]
-    return beside if len(beside) > 1 else []
+        if other.draw is not None and (other.nfe, other.note) != (one.nfe, one.note):
+            instead[place] = other
+    if not instead:
+        return
+    beside = [one for one in ours.values() if any(one.speed == other.speed for other in instead.values())]
+    measure([stage.contenders[0], *beside, *instead.values()])
+    for place, other in instead.items():
+        one = stage.contenders[place]
+        if other.milliseconds and _off(other, ours[one.speed]) < _off(one, ours[one.speed]):
+            stage.contenders[place] = other
+
+
+def _off(one: Contender, best: Contender) -> float:
+    return abs(one.ms / best.ms - 1)
 
 
 def _asked(scenes: list[world.Scene], start: int) -> tuple[list[str], list[int]]:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import fastdiff
 from benchmarks import moving
 from benchmarks.readme import markdown
 from benchmarks.record import RESULTS, Record
 from fastdiff.miniature import moving as motion
 from fastdiff.miniature import moving_detector, wan, world
 from fastdiff.miniature.weights import FOLDER
-from fastdiff_app.engine import load_pipeline
 
 STUDENTS = FOLDER / "students"
 PICTURES = ("nfe", "attribute", "attribute_difference", "mmd2", "diversity")
@@ -131,7 +131,7 @@ def main() -> None:
     students()
     folder, measured = FOLDER / "mini-wan", RESULTS / "moving.json"
     if measured.exists() and (folder / "model_index.json").exists():
-        pipe = load_pipeline("mini-wan", "text-to-image")
+        pipe = fastdiff.load("mini-wan")
         pipe.set_progress_bar_config(disable=True)
         clips(pipe).save(folder / "samples.png", optimize=True)
         table = markdown(Record.read(measured), CLIPS)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import fastdiff
 from benchmarks.record import Record, Row, could_not_run
 from fastdiff.miniature import (
     moving,
@@ -39,7 +40,6 @@ from fastdiff.miniature import (
 from fastdiff.quality import mean_interval, psnr
 from fastdiff.video.causal import CausalWan
 from fastdiff.video.text import Text
-from fastdiff_app.engine import load_pipeline
 from fastdiff_pipelines.rollout.buffer import MovingBuffer, Partition
 
 STEPS, GUIDANCE, ROLLOUT_STEPS = 25, 3.0, 4
@@ -55,7 +55,7 @@ def run(full: bool = False, prompts: int = 0, batch: int = 32, pipe: Any = None)
         prompts: how many; 0 chooses.
         pipe: the pipeline to measure; the embedded one where None.
     """
-    pipe = pipe or load_pipeline("mini-wan", "text-to-image")
+    pipe = pipe or fastdiff.load("mini-wan")  # as it is: `load_pipeline` gives it the student it is streamed with
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(SEED)
     scenes = [moving.scene(rng) for _ in range(prompts or (1024 if full else 256))]

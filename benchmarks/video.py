@@ -33,7 +33,7 @@ import torch
 from benchmarks import drift
 from benchmarks.moving import GUIDANCE
 from benchmarks.record import Record, Row, could_not_run, percentile
-from fastdiff.miniature import wan, wan_rollout, wan_weights
+from fastdiff.miniature import wan, wan_rollout
 from fastdiff.quality import Interval, mean_interval, paired_difference
 from fastdiff.video.streaming_vae import StreamingVAE
 from fastdiff_app.engine import load_pipeline
@@ -72,16 +72,13 @@ def run(full: bool = False, pipe: Any = None, chunks: int = 0, rollouts: int = 0
 
 
 def embedded() -> tuple[Any, str]:
-    """`mini-wan` with the LoRA that was trained for rollouts where there is one, and what is missing."""
+    """`mini-wan` as the app loads it, with the student it is streamed with where one ships; and what is missing."""
     try:
         pipe = load_pipeline("mini-wan", "text-to-image")
     except Failure as failure:
         pipe = wan.untrained()
         pipe.set_progress_bar_config(disable=True)
         return pipe, f"random weights of its shape: {one_line(failure)}"
-    pipe.set_progress_bar_config(disable=True)
-    if any(wan_weights.STUDENT.glob("*.safetensors")):
-        pipe.load_lora_weights(str(wan_weights.STUDENT))
     return pipe, ""
 
 

@@ -1,6 +1,7 @@
 """Video models where image models are: what tells them apart, their size, and streams made of them."""
 
 import json
+import logging
 import re
 from dataclasses import fields
 from fractions import Fraction
@@ -15,6 +16,7 @@ from fastdiff_app.failures import ExitCode, Failure, one_line
 if TYPE_CHECKING:
     from fastdiff_app.stream import StreamJob
 
+_log = logging.getLogger(__name__)
 _NAMED = re.compile(r"(?:(?i:(?:^|[-_])wan)|(?<=[a-z])Wan)(?=[-_\d.]|$)")
 FPS = 16
 FRAMES = 97
@@ -51,6 +53,7 @@ def take_student(pipe: Any, model: str | None) -> None:
     if STUDENT.is_dir():
         pipe.load_lora_weights(str(STUDENT), adapter_name="rollout")
         pipe.fuse_lora()
+        _log.warning("mini-wan streams with its few-step student: 4 calls a chunk and no guidance")
 
 
 def open_video(pipe: Any, prompt: str, height: int, width: int, settings: dict[str, Any]) -> Any:

@@ -155,13 +155,21 @@ def test_a_control_that_missed_the_latency_is_asked_again_with_what_was_measured
     near, far = (cache._counted("fewer-steps-2x", lambda count: draw, 2, 10, 50) for _ in range(2))
     near.milliseconds, far.milliseconds = [51.0] * 3, [40.0] * 3
     baseline = cache.Contender("baseline", None, milliseconds=[100.0])
-    assert cache._missed(cache.Stage([baseline, near, best], {}, {})) == []
+    measured: list[list[cache.Contender]] = []
+
+    def measure(taken: float, some: list[cache.Contender]) -> None:
+        measured.append(some)
+        some[-1].milliseconds = [taken] * 3
+
+    cache._once_more(cache.Stage([baseline, near, best], {}, {}), partial(measure, 50.0))
+    assert measured == [], "near enough"
     stage = cache.Stage([baseline, far, best], {}, {})
-    beside = cache._missed(stage)
-    assert [one.name for one in beside] == ["baseline", "fastdiff-planned-2x", "fewer-steps-2x"]
+    cache._once_more(stage, partial(measure, 62.0))
+    assert stage.contenders == [baseline, far, best], "the nearer one stays"
+    cache._once_more(stage, partial(measure, 51.0))
+    assert [one.name for one in measured[1]] == ["baseline", "fastdiff-planned-2x", "fewer-steps-2x"]
     # a quarter more time, so 12 steps for 10
-    assert stage.contenders[1] is beside[2]
-    assert (beside[2].nfe, beside[2].milliseconds) == (24, [])
+    assert (stage.contenders[1].nfe, stage.contenders[1].milliseconds) == (24, [51.0] * 3)
 
 
 def test_what_was_kept_is_of_the_same_settings_and_sources(tmp_path: Path):
