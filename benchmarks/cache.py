@@ -10,9 +10,10 @@ for all. For about twice and three times the speed:
     fastdiff-planned: what `fastdiff tune` finds on other prompts.
 
 A row whose latency cannot be brought within 5 % of the planned row's says "not reachable". Methods take turns batch by
-batch. `psnr` is the median, `psnr_p10` the tenth percentile, `planned_ahead` the median of the paired difference of the
-planned row's PSNR and this one's (above 0 where planned is the better), `attribute_drop` the paired drop of the share
-of attributes that the detector reads right.
+batch, and what is called so many times faster is the median over turns taken side by side. `psnr` is the median,
+`psnr_p10` the tenth percentile, `planned_ahead` the median of the paired difference of the planned row's PSNR and this
+one's (above 0 where planned is the better), `attribute_drop` the paired drop of the share of attributes that the
+detector reads right.
 
 `--full` goes on where the timed prompts end: 1,024 prompts for the rows in `DRAWN_ON`, drawn without a clock, since
 pictures do not depend on what else the machine does. Each figure carries its own number of prompts. What
@@ -21,6 +22,7 @@ was measured by the same sources is kept under out/, so that it resumes; Ctrl-C 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -108,7 +110,6 @@ def run(
         rows = _rows(stage)
         for row in rows:
             row.method += "" if sampler == "ddim" else "-dpm"
-            row.ratio = rows[0].ms_median / row.ms_median if rows[0].ms_median and row.ms_median else None
         record.rows += rows
     pipe.scheduler = own
     return record.finish()
@@ -235,13 +236,14 @@ def _once_more(stage: Stage, measure: Callable[[list[Contender]], None]) -> None
     """
     ours = {one.speed: one for one in stage.contenders if one.name.startswith("fastdiff-planned") and one.milliseconds}
     instead: dict[int, Contender] = {}
+    timed = len(stage.contenders[0].milliseconds)
     for place, one in enumerate(stage.contenders):
         best = ours.get(one.speed)
-        if best is None or one.again is None or not one.milliseconds or abs(one.ms / best.ms - 1) <= TOLERANCE:
+        if best is None or one.again is None or not one.milliseconds or _off(one, best) <= TOLERANCE:
             continue
-        other = one.again(best.ms / one.ms)
+        other = one.again(1 / one.times(best))
         if other.draw is not None and (other.nfe, other.note) != (one.nfe, one.note):
-            instead[place] = other
+            instead[place] = replace(other, since=timed)
     if not instead:
         return
     beside = [one for one in ours.values() if any(one.speed == other.speed for other in instead.values())]
@@ -253,7 +255,7 @@ def _once_more(stage: Stage, measure: Callable[[list[Contender]], None]) -> None
 
 
 def _off(one: Contender, best: Contender) -> float:
-    return abs(one.ms / best.ms - 1)
+    return abs(one.times(best) - 1)
 
 
 def _asked(scenes: list[world.Scene], start: int) -> tuple[list[str], list[int]]:
@@ -285,13 +287,14 @@ def _rows(stage: Stage) -> list[Row]:
             rows.append(could_not_run(one.name, one.note))
             continue
         row = Row.timed(one.name, one.milliseconds, nfe=one.nfe, note=one.note)
+        row.ratio = 1 / one.times(stage.contenders[0])
         rows.append(row)
         if not one.speed:
             row.note = stage.timed
             row.quality["attribute"] = mean_interval(known)
             continue
         best = ours[one.speed]
-        off = one.ms / best.ms - 1
+        off = one.times(best) - 1 if one is not best else 0.0
         if abs(off) > TOLERANCE:
             row.note = f"not reachable: its nearest setting is {100 * off:+.0f} % off the planned row's latency"
             continue

@@ -28,6 +28,7 @@ class Contender:
     Attributes:
         figures: of every prompt drawn so far, in order: psnr and ssim to the baseline, share of attributes right.
         again: gives the same with settings that take so many times as long, where there are any.
+        since: how many prompts had been timed when its turns began.
     """
 
     name: str
@@ -38,11 +39,12 @@ class Contender:
     milliseconds: list[float] = field(default_factory=list)
     figures: dict[str, list[float]] = field(default_factory=dict)
     again: Callable[[float], "Contender"] | None = None
+    since: int = 0
 
-    @property
-    def ms(self) -> float:
-        """Median for one picture."""
-        return float(np.median(self.milliseconds))
+    def times(self, other: "Contender") -> float:
+        """How many times as long it takes as another one: the median over the turns they took side by side."""
+        beside = np.array(other.milliseconds[self.since : self.since + len(self.milliseconds)])
+        return float(np.median(np.array(self.milliseconds[: len(beside)]) / beside))
 
     @property
     def drawn(self) -> int:

@@ -91,6 +91,7 @@ def _section(name: str) -> str:
         "video": ("first_frame_ms", "fps", "jitter_ms_p95", "late", "bytes_per_chunk", "attribute", "track_error_px"),
         "moving": ("nfe", *moving_detector.ATTRIBUTES, "track_error_px", "permanence", "flicker"),
         "drift": ("attribute", "attribute_change", "track_error_px", "permanence", "flicker"),
+        "switch": ("new_colour", "old_colour", "attribute"),
         "training_free": ("nfe", "border", "attribute", "rows_per_frame", "place_error", "gain", "psnr"),
         "batch": ("max_abs_difference", "times_undisturbed", "lost", "duplicated", "different", "redone"),
     }

@@ -151,25 +151,34 @@ def test_a_control_that_missed_the_latency_is_asked_again_with_what_was_measured
     def draw(some: list[str], noise: list[int]) -> tuple[torch.Tensor, float]:
         return torch.zeros(len(some), 3, 8, 8), 1.0
 
-    best = cache.Contender("fastdiff-planned-2x", draw, 2, 20, milliseconds=[50.0] * 3)
-    near, far = (cache._counted("fewer-steps-2x", lambda count: draw, 2, 10, 50) for _ in range(2))
-    near.milliseconds, far.milliseconds = [51.0] * 3, [40.0] * 3
-    baseline = cache.Contender("baseline", None, milliseconds=[100.0])
-    measured: list[list[cache.Contender]] = []
+    def begun(taken: float) -> tuple[cache.Stage, list[list[cache.Contender]]]:
+        baseline = cache.Contender("baseline", None, milliseconds=[100.0] * 3)
+        best = cache.Contender("fastdiff-planned-2x", draw, 2, 20, milliseconds=[50.0] * 3)
+        one = cache._counted("fewer-steps-2x", lambda count: draw, 2, 10, 50)
+        one.milliseconds = [taken] * 3
+        return cache.Stage([baseline, one, best], {}, {}), []
 
-    def measure(taken: float, some: list[cache.Contender]) -> None:
+    def measure(measured: list[list[cache.Contender]], slower: float, some: list[cache.Contender]) -> None:
+        """Later turns, when the machine was twice as slow."""
         measured.append(some)
-        some[-1].milliseconds = [taken] * 3
+        for one, taken in zip(some, (200.0, 100.0, 2 * slower), strict=True):
+            one.milliseconds += [taken] * 3
 
-    cache._once_more(cache.Stage([baseline, near, best], {}, {}), partial(measure, 50.0))
+    stage, measured = begun(51.0)
+    cache._once_more(stage, partial(measure, measured, 50.0))
     assert measured == [], "near enough"
-    stage = cache.Stage([baseline, far, best], {}, {})
-    cache._once_more(stage, partial(measure, 62.0))
-    assert stage.contenders == [baseline, far, best], "the nearer one stays"
-    cache._once_more(stage, partial(measure, 51.0))
-    assert [one.name for one in measured[1]] == ["baseline", "fastdiff-planned-2x", "fewer-steps-2x"]
+    stage, measured = begun(40.0)
+    far = stage.contenders[1]
+    cache._once_more(stage, partial(measure, measured, 62.0))
+    assert stage.contenders[1] is far, "the nearer one stays"
+    stage, measured = begun(40.0)
+    cache._once_more(stage, partial(measure, measured, 51.0))
+    assert [one.name for one in measured[0]] == ["baseline", "fastdiff-planned-2x", "fewer-steps-2x"]
+    other = stage.contenders[1]
     # a quarter more time, so 12 steps for 10
-    assert (stage.contenders[1].nfe, stage.contenders[1].milliseconds) == (24, [51.0] * 3)
+    assert (other.nfe, other.milliseconds, other.since) == (24, [102.0] * 3, 3)
+    assert other.times(stage.contenders[2]) == pytest.approx(1.02)
+    assert 1 / other.times(stage.contenders[0]) == pytest.approx(200 / 102)
 
 
 def test_what_was_kept_is_of_the_same_settings_and_sources(tmp_path: Path):

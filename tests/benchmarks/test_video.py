@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import drift, moving, video
+from benchmarks import drift, moving, switch, video
 from fastdiff.miniature import wan
 
 ROWS = ["whole-clip", "whole-clip-equal", "sequential", "sliding-window", "fastdiff"]
@@ -73,3 +73,15 @@ def test_drift_of_an_untrained_model_is_not_measured(pipe, monkeypatch):
     record = drift.run()
     assert {row.note for row in record.rows} == {"random weights"}
     assert not any(row.quality for row in record.rows)
+
+
+@pytest.mark.slow
+def test_a_switch_has_its_rows_and_another_colour(pipe):
+    scenes = drift.scenes_of(40)
+    for old, new in zip(scenes, switch.recoloured(scenes), strict=True):
+        assert new.things[0].colour not in (old.things[0].colour, old.background)
+        assert (new.things[0].shape, new.motion) == (old.things[0].shape, old.motion)
+    record = switch.run(pipe=pipe, rollouts=2)
+    assert [row.method for row in record.rows] == [f"{name}-{n}" for name in switch.SETTINGS for n in switch.AFTER]
+    for row in record.rows:
+        assert row.quality["new_colour"].value + row.quality["old_colour"].value <= 1
