@@ -57,6 +57,7 @@ def test_rows_of_the_other_models_are_there_once_they_ship(
     pipe = make()
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr(attention_quality, "load_pipeline", lambda model, task: pipe)
+    monkeypatch.setattr(attention_quality.fastdiff, "load", lambda model: pipe)
     monkeypatch.setattr(attention_quality.miniature, "path", lambda model: Path())
     monkeypatch.setattr(attention_quality, "METHODS", {"plain": dict(far="none"), "fastdiff": dict(far="tracked")})
     monkeypatch.setattr(attention_quality, "PERCENTS", (75,))
