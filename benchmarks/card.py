@@ -58,10 +58,10 @@ from these weights.
 """
 
 
-def _parts(pipe: Any) -> str:
+def parts(pipe: Any, folder: Path, names: tuple[str, ...]) -> str:
+    """A table of a model's parts: what they are, how many parameters, how large on disk."""
     lines = ["| part | class | parameters | file |", "|--|--|--:|--:|"]
-    folder = path()
-    for name in ("vae", "text_encoder", "unet"):
+    for name in names:
         module = getattr(pipe, name)
         size = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
         count = sum(parameter.numel() for parameter in module.parameters())
@@ -123,7 +123,7 @@ def card(pipe: Any, record: Record) -> str:
     table = markdown(record, (*ATTRIBUTES, *(f"{name}_absolute" for name in ATTRIBUTES)))
     return _TEXT.format(
         count=COLUMNS * LINES,
-        parts=_parts(pipe),
+        parts=parts(pipe, path(), ("vae", "text_encoder", "unet")),
         steps=miniature.STEPS,
         guidance=miniature.GUIDANCE,
         table=table,

@@ -20,6 +20,7 @@ from fastdiff.miniature import moving_detector, wan, world
 from fastdiff.miniature.weights import FOLDER
 
 STUDENTS = FOLDER / "students"
+PARTS = ("vae", "text_encoder", "transformer")
 PICTURES = ("nfe", "attribute", "attribute_difference", "mmd2", "diversity")
 CLIPS = ("nfe", *moving_detector.ATTRIBUTES, "track_error_px", "permanence", "flicker")
 SHOWN: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -125,16 +126,6 @@ def students(folder: Path = STUDENTS, results: Path = RESULTS) -> None:
         text.write_text(with_figures(text.read_text("utf-8"), Record.read(measured), methods, columns), "utf-8")
 
 
-def _parts(pipe: Any, folder: Path) -> str:
-    lines = ["| part | class | parameters | file |", "|--|--|--:|--:|"]
-    for name in ("vae", "text_encoder", "transformer"):
-        module = getattr(pipe, name)
-        size = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
-        count = sum(parameter.numel() for parameter in module.parameters())
-        lines.append(f"| {name} | {type(module).__name__} | {count / 1e6:.2f} M | {size / 1e6:.1f} MB |")
-    return "\n".join(lines)
-
-
 def clips(pipe: Any, count: int = 8) -> Image.Image:
     """A sheet: a clip a line, every fourth frame, and its caption."""
     rng = np.random.default_rng(moving.SEED + 2)
@@ -163,10 +154,14 @@ def main() -> None:
         pipe = _plain("mini-dit")
         chosen = [row for row in record.rows if row.method.endswith("-dit") or row.method == "teacher-25"]
         table = markdown(replace(record, rows=chosen), PICTURES)
-        _write("mini-dit", card.samples(pipe), _FLOW.format(parts=_parts(pipe, FOLDER / "mini-dit"), table=table))
+        _write(
+            "mini-dit",
+            card.samples(pipe),
+            _FLOW.format(parts=card.parts(pipe, FOLDER / "mini-dit", PARTS), table=table),
+        )
     if (record := _measured("mini-wan", "moving")) is not None:
         pipe = _plain("mini-wan")
-        text = _VIDEO.format(parts=_parts(pipe, FOLDER / "mini-wan"), table=markdown(record, CLIPS))
+        text = _VIDEO.format(parts=card.parts(pipe, FOLDER / "mini-wan", PARTS), table=markdown(record, CLIPS))
         _write("mini-wan", clips(pipe), text)
 
 

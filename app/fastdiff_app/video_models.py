@@ -54,6 +54,8 @@ def take_student(pipe: Any, model: str | None) -> None:
         pipe.load_lora_weights(str(STUDENT), adapter_name="rollout")
         pipe.fuse_lora()
         _log.warning("mini-wan streams with its few-step student: 4 calls a chunk and no guidance")
+    else:
+        _log.warning("no few-step student of mini-wan ships here: it streams as it is, which needs more steps")
 
 
 def open_video(pipe: Any, prompt: str, height: int, width: int, settings: dict[str, Any]) -> Any:

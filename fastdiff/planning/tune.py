@@ -216,11 +216,7 @@ class Planner:
                 continue
             found, seconds = self._calibrated(candidate, tried)
             other = self._resized(candidate, seconds, computed)
-            if (
-                other
-                and math.isfinite(found)
-                and self.study.spent + other.computed / self.calibration.steps <= self.most
-            ):
+            if other and math.isfinite(found) and self._affordable(other):
                 candidate, found = other, self._calibrated(other, tried)[0]
             if math.isfinite(found) or not ranked:
                 ranked.append((-found, len(ranked), candidate))
