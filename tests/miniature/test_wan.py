@@ -8,17 +8,7 @@ import pytest
 import torch
 
 from fastdiff.miniature import moving, train, wan, wan_forward, wan_training, wan_weights
-from fastdiff.miniature.families import _awake
 from fastdiff.video.causal import CausalWan
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = wan.untrained()
-    for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
-        _awake(part)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def drawn(*shape, seed=0):

@@ -1,25 +1,14 @@
 """The moving buffer in training: its levels, the very buffer that streams, and the student of its shares."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 
 from fastdiff.miniature import train, wan, wan_buffer, wan_rollout, wan_training, wan_weights
-from fastdiff.miniature.families import _awake
 from fastdiff.video.causal import CausalWan
 from fastdiff_pipelines.rollout.buffer import MovingBuffer, Partition
 
 SHARES = wan_training.SHARES
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = wan.untrained()
-    for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
-        _awake(part)
-    return pipe
 
 
 def noise(seed=0):
@@ -113,24 +102,18 @@ def test_guidance_by_the_same_words_is_none(pipe):
     assert (far - plain).abs().max() > 1e-3
 
 
-def test_the_student_learns_its_teacher_does_not_and_it_loads(monkeypatch, tmp_path, pipe):
-    monkeypatch.setattr(wan_buffer, "_POOL", 8)
-    monkeypatch.setattr(wan_weights, "load_autoencoder", lambda: copy.deepcopy(pipe.vae))
-    monkeypatch.setattr(wan_weights, "FOLDER", tmp_path)
-    monkeypatch.setattr(wan_weights, "BUFFER_STUDENT", tmp_path / "student")
+def test_the_student_learns_its_teacher_does_not_and_it_loads(teach, learned, tmp_path, pipe):
     run = train.Run("mini-wan-buffer", images=40, batch=2, processes=1, folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="train mini-wan first"):
         wan_buffer.mini_wan_buffer(run)
-    parts = {"text_encoder": pipe.text_encoder, "transformer": pipe.transformer}
-    wan_weights.export("mini-wan", torch.nn.ModuleDict(parts).state_dict())
+    teach()
     torch.manual_seed(0)
     module, loss = wan_buffer.mini_wan_buffer(run)
     values = [loss(step, 0, 2) for step in range(3)]
     assert values[1].item() == loss(1, 0, 2).item() > 0
-    sum(values).backward()  # type: ignore[union-attr]
-    learned = {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert learned
-    assert all("lora_" in name for name in learned)
+    names = learned(module, values)
+    assert names
+    assert all("lora_" in name for name in names)
     wan_weights.export("mini-wan-buffer", module.state_dict())
     again = wan.pipeline(pipe.vae, pipe.text_encoder, wan.transformer())
     again.load_lora_weights(str(wan_weights.BUFFER_STUDENT))

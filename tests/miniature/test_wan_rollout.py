@@ -1,6 +1,5 @@
 """The plain causal rollout, and the student that learns from its own."""
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -8,17 +7,8 @@ import pytest
 import torch
 
 from fastdiff.miniature import train, wan, wan_forward, wan_rollout, wan_student, wan_weights
-from fastdiff.miniature.families import _awake
 from fastdiff.video.causal import CausalWan
 from fastdiff.video.streaming_vae import StreamingVAE
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = wan.untrained()
-    for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
-        _awake(part)
-    return pipe
 
 
 def prompts(seed=0, rows=2):
@@ -88,31 +78,21 @@ def test_the_flow_ends_where_a_straight_one_does():
         torch.testing.assert_close(end, torch.full_like(x, -2 * level))
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path, pipe):
-    monkeypatch.setattr(wan_student, "_POOL", 8)
-    monkeypatch.setattr(wan_weights, "load_autoencoder", lambda: copy.deepcopy(pipe.vae))
-    monkeypatch.setattr(wan_weights, "FOLDER", tmp_path)
-    monkeypatch.setattr(wan_weights, "STUDENT", tmp_path / "student")
-
-
-def test_the_student_learns_and_its_teacher_does_not(small, tmp_path, pipe):
+def test_the_student_learns_and_its_teacher_does_not(teach, learned, tmp_path):
     run = train.Run("mini-wan-student", images=40, batch=2, processes=1, folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="train mini-wan first"):
         wan_student.mini_wan_student(run)
-    parts = {"text_encoder": pipe.text_encoder, "transformer": pipe.transformer}
-    wan_weights.export("mini-wan", torch.nn.ModuleDict(parts).state_dict())
+    teach()
     torch.manual_seed(0)
     module, loss = wan_student.mini_wan_student(run)
     values = [loss(step, 0, 2) for step in range(3)]
     assert values[1].item() == loss(1, 0, 2).item()
-    sum(values).backward()  # type: ignore[union-attr]
-    learned = {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert learned
-    assert all("lora_" in name for name in learned)
+    names = learned(module, values)
+    assert names
+    assert all("lora_" in name for name in names)
 
 
-def test_the_students_lora_loads_into_a_pipeline(small, pipe):
+def test_the_students_lora_loads_into_a_pipeline(homes, pipe):
     student: Any = wan_student.Student(pipe.transformer)
     with torch.no_grad():
         for name, value in student.named_parameters():
