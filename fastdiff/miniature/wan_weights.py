@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import moving, wan
-from .weights import FOLDER
+from .weights import FOLDER, save
 
 NAME = "mini-wan"
 STUDENT = FOLDER / "students" / NAME / "rollout"
@@ -91,4 +91,4 @@ def _export_model(state: dict[str, Tensor]) -> None:
     text, denoiser = wan.text_encoder(), wan.transformer()
     text.load_state_dict({k.removeprefix("text_encoder."): v for k, v in state.items() if k.startswith("text_")})
     denoiser.load_state_dict({k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transf")})
-    wan.pipeline(load_autoencoder(), text, denoiser).to(torch.float16).save_pretrained(FOLDER / NAME)
+    save(wan.pipeline(load_autoencoder(), text, denoiser), FOLDER / NAME)

@@ -101,18 +101,19 @@ def _export_text_to_image(state: dict[str, Tensor]) -> None:
     text, denoiser = models.text_encoder(), models.unet()
     text.load_state_dict({key.removeprefix("text_encoder."): v for key, v in state.items() if key.startswith("text_")})
     denoiser.load_state_dict({key.removeprefix("unet."): v for key, v in state.items() if key.startswith("unet.")})
-    _save(models.pipeline(load_autoencoder(), text, denoiser), "mini-sd")
+    save(models.pipeline(load_autoencoder(), text, denoiser), FOLDER / "mini-sd")
 
 
 def _export_flow(state: dict[str, Tensor]) -> None:
     denoiser = flow.transformer()
     denoiser.load_state_dict(state)
-    _save(flow.pipeline(load_autoencoder(), load_parts()["text_encoder"], denoiser), "mini-dit")
+    save(flow.pipeline(load_autoencoder(), load_parts()["text_encoder"], denoiser), FOLDER / "mini-dit")
 
 
-def _save(pipe: Any, name: str) -> None:
-    pipe.to(torch.float16).save_pretrained(FOLDER / name)
-    config = FOLDER / name / "vae" / "config.json"
+def save(pipe: Any, folder: Path) -> None:
+    """Writes a pipeline as float16."""
+    pipe.to(torch.float16).save_pretrained(folder)
+    config = folder / "vae" / "config.json"
     # Where it was loaded from is nobody's business, and AutoencoderTiny warns of the other on every load.
     kept = {k: v for k, v in json.loads(config.read_text()).items() if k not in ("_name_or_path", "block_out_channels")}
     config.write_text(json.dumps(kept, indent=2) + "\n")

@@ -104,3 +104,9 @@ def test_the_replica_brings_float32_gradients_to_the_master():
         assert module.unet.conv_out.bias is not None
         module.unet.conv_out.bias.mul_(2)
     torch.testing.assert_close(module(noisy, timestep, tokens), 2 * before, atol=0.02, rtol=0.02)
+
+
+def test_shipped_weights_do_not_say_where_they_were_made():
+    written = [path.read_text("utf-8") for path in weights.FOLDER.rglob("*.json")]
+    assert len(written) > 5
+    assert not any("_name_or_path" in text or "/tmp" in text for text in written)

@@ -140,6 +140,7 @@ def test_weights_come_back_as_they_were_written(tmp_path, monkeypatch, pipe):
     for name, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value.half().float())
     assert wan_weights.load_into("wan-autoencoder", wan.autoencoder())
+    assert str(tmp_path) not in (tmp_path / "mini-wan/vae/config.json").read_text("utf-8")
 
 
 def test_words_are_embedded_as_the_pipeline_embeds_them(pipe):
