@@ -9,13 +9,15 @@ settings are those of `bench video`'s `fastdiff` row with one thing changed:
     recache: the context computed anew every 16 chunks.
     noised: finished frames enter the context at a noise level of 0.05.
     clean: one chunk at a time, finished frames only (Self-Forcing's way); `clean-absolute` with positions as above.
+    autoencoder: the scenes themselves, encoded and decoded chunk by chunk: the most a rollout can reach.
 
 `attribute` is the mean over background, colour, shape, direction and pace as the detector reads the 16 frames up to
 that chunk, `track_error_px` the distance from a line of the caption's velocity; `attribute_change` is paired with the
 first mark of the same setting. Nothing is timed.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ import torch
 
 from benchmarks.moving import SEED
 from benchmarks.record import Record, Row
-from fastdiff.miniature import moving, moving_detector, wan, world
+from fastdiff.miniature import moving, moving_detector, wan, wan_rollout, wan_training, world
 from fastdiff.quality import mean_interval, paired_difference
+from fastdiff.video.streaming_vae import StreamingVAE
 from fastdiff_pipelines.rollout import ChunkRollout
 
 STEPS = 4
@@ -42,6 +45,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clean-absolute": {**_ONE, "positions": "absolute"},
 }
 
+CEILING = "autoencoder"
+
 
 def run(full: bool = False, pipe: Any = None, rollouts: int = 0, only: str | None = None) -> Record:
     """Runs the benchmark.
@@ -50,19 +55,21 @@ def run(full: bool = False, pipe: Any = None, rollouts: int = 0, only: str | Non
         full: 128 rollouts of each setting instead of 32.
         pipe: the pipeline to measure; the embedded one, with its student, where None.
         rollouts: how many; 0 chooses.
-        only: one of `SETTINGS`.
+        only: one of `SETTINGS`, or `CEILING`.
     """
     from benchmarks.video import embedded
 
     pipe, missing = (pipe, "") if pipe is not None else embedded()
     record = Record("drift")
     if missing:
-        record.rows = [Row(name, note=missing) for name in SETTINGS]
+        record.rows = [Row(name, note=missing) for name in (*SETTINGS, CEILING)]
         return record.finish()
     scenes = scenes_of(rollouts or (128 if full else 32))
     for name, settings in SETTINGS.items():
         if only in (None, name):
             record.rows += rows(name, followed(pipe, scenes, MARKS, **settings))
+    if only in (None, CEILING):
+        record.rows += rows(CEILING, _seen(_through_autoencoder(pipe, scenes, MARKS[-1]), scenes, MARKS))
     return record.finish()
 
 
@@ -72,19 +79,38 @@ def scenes_of(count: int) -> list[world.Scene]:
     return [moving.scene(rng) for _ in range(count)]
 
 
-@torch.no_grad()
 def followed(
     pipe: Any, scenes: list[world.Scene], marks: Sequence[int], **settings: Any
 ) -> dict[int, dict[str, np.ndarray]]:
     """What the detector reads at each mark, of rollouts of the scenes' captions side by side: float64 ``[n]`` each."""
-    recent: list[np.ndarray] = []
-    found = {}
     with ChunkRollout(pipe, height=wan.SIZE, width=wan.SIZE, steps=STEPS) as rollout:
         captions = [world.caption(scene) for scene in scenes]
-        for number, frames in enumerate(rollout(captions, chunks=marks[-1], **settings), start=1):
-            recent = [*recent, frames][-4:]
-            if number in marks:
-                found[number] = _read(np.concatenate(recent, axis=1), scenes)
+        return _seen(rollout(captions, chunks=marks[-1], **settings), scenes, marks)
+
+
+def _through_autoencoder(pipe: Any, scenes: list[world.Scene], chunks: int) -> Iterator[np.ndarray]:
+    """Chunks uint8 ``[B, 1 or 4, H, W, 3]`` of the scenes, each encoded and decoded after those before it."""
+    session, first = StreamingVAE(pipe.vae), 0
+    for count in itertools.islice(itertools.chain([1], itertools.repeat(wan.PER_LATENT)), chunks):
+        drawn = wan_training.pixels([moving.render(scene, count, wan.SIZE, first) for scene in scenes])
+        latents = session.encode(drawn.to(pipe.vae.device, pipe.vae.dtype))
+        assert latents is not None, "a whole chunk makes a latent, and that a chunk again"
+        frames = session.decode(latents)
+        assert frames is not None
+        yield wan_rollout.as_uint8(frames).cpu().numpy()
+        first += count
+
+
+@torch.no_grad()
+def _seen(
+    chunks: Iterable[np.ndarray], scenes: list[world.Scene], marks: Sequence[int]
+) -> dict[int, dict[str, np.ndarray]]:
+    recent: list[np.ndarray] = []
+    found = {}
+    for number, frames in enumerate(chunks, start=1):
+        recent = [*recent, frames][-4:]
+        if number in marks:
+            found[number] = _read(np.concatenate(recent, axis=1), scenes)
     return found
 
 
@@ -110,7 +136,7 @@ def plot(record: Record, picture: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name in SETTINGS:
+    for name in (*SETTINGS, CEILING):
         seen = [row.quality["attribute"] for mark in MARKS for row in record.rows if row.method == f"{name}-{mark}"]
         if len(seen) == len(MARKS):
             (line,) = axes.plot(MARKS, [one.value for one in seen], marker="o", label=name)

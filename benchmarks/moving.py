@@ -140,7 +140,7 @@ def _through_autoencoder(pipe: Any, clips: list[np.ndarray], batch: int) -> Iter
     for start in range(0, len(clips), batch):
         frames = wan_training.pixels(clips[start : start + batch]).to(pipe.vae.device, pipe.vae.dtype)
         decoded = pipe.vae.decode(pipe.vae.encode(frames).latent_dist.mode()).sample
-        yield ((decoded.float() / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+        yield wan_rollout.as_uint8(decoded).cpu().numpy()
 
 
 def whole_clips(pipe: Any, captions: list[str], batch: int, steps: int = STEPS) -> Iterator[np.ndarray]:

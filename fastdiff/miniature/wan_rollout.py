@@ -106,4 +106,9 @@ def pixels(vae: Any, latents: Tensor) -> Tensor:
     session = StreamingVAE(vae)
     frames = session.decode(session.unscaled(latents))
     assert frames is not None
+    return as_uint8(frames)
+
+
+def as_uint8(frames: Tensor) -> Tensor:
+    """Frames ``[B, 3, F, H, W]`` in -1..1 as uint8 ``[B, F, H, W, 3]``."""
     return ((frames.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1)

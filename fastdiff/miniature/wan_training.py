@@ -69,7 +69,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def autoencoder(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
-    """L1 + L2 + gradient L1, latents near unit scale and robust to noise of 0.05.
+    """`picture_error`, latents near unit scale and robust to noise of 0.05.
 
     Many small steps: clips are of 5 frames mostly, now and then of 9 or 17, so that the caches between chunks are
     learned too.
@@ -87,12 +87,16 @@ def autoencoder(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]
             latent = encode(module, clip)[:, : wan.CHANNELS]
             noise = torch.randn(latent.shape, generator=generator).to(latent)
             decoded = decode(module, latent + 0.05 * noise)
-        error, latent = decoded.float() - clip, latent.float()
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        rate = error.abs().mean() + 4 * error.square().mean() + 0.5 * edges
-        return rate + 0.01 * (latent.mean() ** 2 + (latent.std() - 1) ** 2)
+        latent = latent.float()
+        return picture_error(decoded.float() - clip) + 0.01 * (latent.mean() ** 2 + (latent.std() - 1) ** 2)
 
     return module, loss
+
+
+def picture_error(error: Tensor) -> Tensor:
+    """L1 + L2 + gradient L1 of what pictures ``[..., H, W]`` are off by."""
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 4 * error.square().mean() + 0.5 * edges
 
 
 class WanReplica(Replica):

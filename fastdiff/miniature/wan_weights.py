@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import moving, wan
@@ -28,7 +28,7 @@ def load_autoencoder() -> AutoencoderKLWan:
 
 def load_into(name: str, module: nn.Module) -> bool:
     """Fills a module being trained from the shipped weights; False where there are none."""
-    if name == "wan-autoencoder":
+    if name in ("wan-autoencoder", "wan-decoder"):
         return _fill(module, FOLDER / NAME / "vae")
     if name in _students():
         return _fill(module, _students()[name])
@@ -49,6 +49,8 @@ def export(name: str, state: dict[str, Tensor]) -> None:
         _export_student(state, _students()[name])
     elif name == "wan-autoencoder":
         _export_autoencoder(state)
+    elif name == "wan-decoder":
+        _export_decoder(state)
     else:
         _export_model(state)
 
@@ -85,6 +87,14 @@ def _export_autoencoder(state: dict[str, Tensor]) -> None:
         latents_mean=[round(float(v), 5) for v in mean], latents_std=[round(float(v), 5) for v in std]
     )
     vae.half().save_pretrained(FOLDER / NAME / "vae")
+
+
+def _export_decoder(state: dict[str, Tensor]) -> None:
+    """The rest of the autoencoder, and what it says of its latents, stays to the bit."""
+    (file,) = (FOLDER / NAME / "vae").glob("*.safetensors")
+    kept = load_file(file)
+    learned = {key: state[key].half() for key in kept if key.startswith(("decoder.", "post_quant_conv."))}
+    save_file(kept | learned, file, {"format": "pt"})
 
 
 def _export_model(state: dict[str, Tensor]) -> None:

@@ -59,8 +59,8 @@ def test_moving_has_its_rows(pipe, monkeypatch):
 @pytest.mark.slow
 def test_drift_has_every_setting_at_every_mark(pipe, monkeypatch, tmp_path):
     monkeypatch.setattr(drift, "MARKS", (2, 4, 5))
-    record = drift.run(pipe=pipe, rollouts=2)
-    assert [row.method for row in record.rows] == [f"{name}-{mark}" for name in drift.SETTINGS for mark in (2, 4, 5)]
+    record, names = drift.run(pipe=pipe, rollouts=2), [*drift.SETTINGS, drift.CEILING]
+    assert [row.method for row in record.rows] == [f"{name}-{mark}" for name in names for mark in (2, 4, 5)]
     for row in record.rows:
         assert ("attribute_change" in row.quality) == (not row.method.endswith("-2"))
         assert 0 <= row.quality["attribute"].value <= 1
