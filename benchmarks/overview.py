@@ -80,6 +80,13 @@ LINES = (
         _said("border", "seam"),
     ),
     Line("warm starts in `Stream`", "training_free", "warm-stream", PSNR),
+    Line(
+        "`ChunkRollout`, video without end, against whole clips of 25 guided steps",
+        "video",
+        "fastdiff",
+        _said("attribute_change", "attributes right from chunk 10 to 1,000:"),
+        priced="fastdiff-chunk-1000",
+    ),
     Line("`fastdiff batch`, one picture a call", "batch", "fastdiff", EXACT),
     Line("`fastdiff batch`, eight pictures a call", "batch", "fastdiff-8", EXACT),
 )
