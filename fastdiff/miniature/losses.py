@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from . import flow, models, render, wan_buffer, wan_decoder, wan_student, wan_training, weights, world
+from . import flow, models, render, wan_buffer, wan_long, wan_student, wan_training, weights, world
 from .replica import Replica
 
 DEFAULTS = {
@@ -16,7 +16,7 @@ DEFAULTS = {
     "mini-sd": {"batch": 64, "learning_rate": 1.2e-3},
     "mini-dit": {"batch": 128, "learning_rate": 2e-3},
     **wan_training.DEFAULTS,
-    "wan-decoder": wan_decoder.DEFAULTS,
+    "wan-long": wan_long.DEFAULTS,
     "mini-wan-student": wan_student.DEFAULTS,
     "mini-wan-buffer": wan_buffer.DEFAULTS,
 }
@@ -159,7 +159,7 @@ BUILDERS: dict[str, Callable] = {
     "mini-sd": mini_sd,
     "mini-dit": flow.mini_dit,
     "wan-autoencoder": wan_training.autoencoder,
-    "wan-decoder": wan_decoder.wan_decoder,
+    "wan-long": wan_long.wan_long,
     "mini-wan": wan_training.mini_wan,
     "mini-wan-student": wan_student.mini_wan_student,
     "mini-wan-buffer": wan_buffer.mini_wan_buffer,

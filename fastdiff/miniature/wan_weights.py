@@ -28,7 +28,7 @@ def load_autoencoder() -> AutoencoderKLWan:
 
 def load_into(name: str, module: nn.Module) -> bool:
     """Fills a module being trained from the shipped weights; False where there are none."""
-    if name in ("wan-autoencoder", "wan-decoder"):
+    if name in ("wan-autoencoder", "wan-long"):
         return _fill(module, FOLDER / NAME / "vae")
     if name in _students():
         return _fill(module, _students()[name])
@@ -49,8 +49,8 @@ def export(name: str, state: dict[str, Tensor]) -> None:
         _export_student(state, _students()[name])
     elif name == "wan-autoencoder":
         _export_autoencoder(state)
-    elif name == "wan-decoder":
-        _export_decoder(state)
+    elif name == "wan-long":
+        _export_long(state)
     else:
         _export_model(state)
 
@@ -89,12 +89,15 @@ def _export_autoencoder(state: dict[str, Tensor]) -> None:
     vae.half().save_pretrained(FOLDER / NAME / "vae")
 
 
-def _export_decoder(state: dict[str, Tensor]) -> None:
-    """The rest of the autoencoder, and what it says of its latents, stays to the bit."""
+def _export_long(state: dict[str, Tensor]) -> None:
+    """What the autoencoder says of its latents' mean and deviation stays: a transformer counts on it."""
     (file,) = (FOLDER / NAME / "vae").glob("*.safetensors")
     kept = load_file(file)
-    learned = {key: state[key].half() for key in kept if key.startswith(("decoder.", "post_quant_conv."))}
-    save_file(kept | learned, file, {"format": "pt"})
+    half = wan.CHANNELS
+    learned = {key: state[key].half() for key in kept}
+    learned["quant_conv.weight"][half:] = 0
+    learned["quant_conv.bias"][half:] = _CERTAIN
+    save_file(learned, file, {"format": "pt"})
 
 
 def _export_model(state: dict[str, Tensor]) -> None:

@@ -1,0 +1,75 @@
+"""The autoencoder of `mini-wan` for videos without end: what `wan-autoencoder` learned from short clips, on long ones.
+
+An autoencoder that has only seen short clips has never met caches that are many chunks old: late in a video its encoder
+mixes up colours and its decoder loses them. Here both run through long clips with their caches handed on as in a
+stream; gradients reach back some chunks. So that latents keep their meaning for a transformer that knows them, a late
+frame's are drawn to what the autoencoder as it was says of the same frame early in a video.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from fastdiff.anatomy_video import FeatureList
+
+from . import moving, wan, wan_weights
+from .wan_training import encode, picture_error, pixels
+
+DEFAULTS = {"batch": 2, "learning_rate": 8e-4}
+_FRAMES = 49  # 13 latent frames: longer than its caches remember
+_BACK = 4  # chunks that gradients reach back
+_EARLY = 2  # the latent frame from which on latents mean what they mean there
+_ANCHOR = 0.3
+_NOISE = 0.05  # added to latents before they are decoded
+
+
+def wan_long(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
+    """The error of pictures over all chunks of long clips, and how far latents are from those of the teacher."""
+    module: Any = wan_weights.load_autoencoder().to(run.device)
+    before: Any = copy.deepcopy(module).requires_grad_(False)
+
+    def loss(step: int, rank: int, batch: int) -> Tensor:
+        rng = np.random.default_rng([run.seed, 7, step, rank])
+        first = [int(rng.integers(1000)) for _ in range(batch)]
+        clip = pixels([moving.render(moving.scene(rng), _FRAMES, wan.SIZE, start) for start in first]).to(run.device)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        with torch.autocast(torch.device(run.device).type, torch.bfloat16):
+            latents, frames = _through(module, clip, generator)
+            with torch.no_grad():
+                early = encode(before, clip[:, :, : 1 + _EARLY * wan.PER_LATENT])[:, : wan.CHANNELS]
+                late = int(rng.integers(_EARLY + 1, latents.shape[2]))
+                there = (late - _EARLY) * wan.PER_LATENT
+                again = clip[:, :, there : there + 1 + _EARLY * wan.PER_LATENT]
+                said = encode(before, again)[:, : wan.CHANNELS, _EARLY:]
+        drawn = functional.mse_loss(latents[:, :, : _EARLY + 1].float(), early.float())
+        drawn = drawn + functional.mse_loss(latents[:, :, late : late + 1].float(), said.float())
+        return picture_error(frames.float() - clip) + _ANCHOR * drawn
+
+    return module, loss
+
+
+def _through(vae: Any, clip: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents ``[B, C, 1 + k, h, w]`` and decoded frames of a clip, chunk by chunk, gradients cut now and then."""
+    chunks = FeatureList(vae)
+    sides: dict[str, list[Any]] = {side: chunks.empty(side) for side in ("encoder", "decoder")}
+    latents, frames = [], []
+    for number, part in enumerate([clip[:, :, :1], *clip[:, :, 1:].split(wan.PER_LATENT, dim=2)]):
+        if number % _BACK == 0:
+            sides = {side: [_cut(entry) for entry in cache] for side, cache in sides.items()}
+        moments, sides["encoder"] = chunks.encode(part, sides["encoder"])
+        latents.append(moments[:, : wan.CHANNELS])
+        noise = torch.randn(latents[-1].shape, generator=generator).to(latents[-1])
+        made, sides["decoder"] = chunks.decode(latents[-1] + _NOISE * noise, sides["decoder"])
+        frames.append(made)
+    return torch.cat(latents, dim=2), torch.cat(frames, dim=2)
+
+
+def _cut(entry: Any) -> Any:
+    return entry.detach() if isinstance(entry, Tensor) else entry
