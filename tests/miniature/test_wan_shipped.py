@@ -18,6 +18,6 @@ def test_rollouts_show_what_the_caption_says():
     found = drift.followed(pipe, scenes, (5, 40))
     for mark, seen in found.items():
         means = {name: float(np.mean(seen[name])) for name in moving_detector.ATTRIBUTES}
-        assert means["colour"] > 0.5, (mark, means)
-        assert means["direction"] > 0.5, (mark, means)
-        assert means["background"] > 0.6, (mark, means)
+        chance = {"background": 0.2, "colour": 0.2, "shape": 0.3, "direction": 0.35, "pace": 0.6}
+        assert all(means[name] > least for name, least in chance.items()), (mark, means)
+        assert np.mean(seen["attribute"]) > 0.65, (mark, means)
