@@ -1,9 +1,9 @@
 """The few-step student of `mini-wan`: a LoRA that makes a frame in four calls without guidance, from its own context.
 
 Trained the way it is used (self-rollout, after Self-Forcing, https://arxiv.org/abs/2506.08009): the context of a frame
-is what the student made before, after none to four true frames, and the noisy frame is where its own earlier calls led.
-What it should have said there is where the guided teacher's flow ends from that very point, in that very context, so no
-discriminator and no third network are needed.
+is what the student made before, up to twelve frames after none to four true ones, and the noisy frame is where its own
+earlier calls led. What it should have said there is where the guided teacher's flow ends from that very point, with the
+same last frames before it, so no discriminator and no third network are needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS = 4
 RANK = 16
 GUIDANCE = 2.5
 _TEACHER_STEPS = 6  # Euler steps of the teacher from the noisiest level to the frame; fewer from lower ones
-_OWN = 4  # frames the student makes before the one it learns from, at most
+_OWN = 12  # frames the student makes before the one it learns from, at most
 _FRAMES, _POOL, _PASSES = 33, 768, 4
 _TARGETS = r".*attn[12]\.to_(q|k|v|out\.0)|.*ffn\.net\.(0\.proj|2)"
 
@@ -47,9 +47,10 @@ class Student(nn.Module):
 def starts(batch: int, rng: np.random.Generator) -> tuple[int, int, int]:
     """First true frame, number of true context frames and of the student's own frames, for one batch.
 
-    A context from the middle of a clip holds at least two frames: one alone does not say where things go.
+    A context from the middle of a clip holds at least two frames: one alone does not say where things go. Long rollouts
+    are rarer than short ones, for they take longer.
     """
-    own = int(rng.integers(0, _OWN + 1))
+    own = int((_OWN + 1) * rng.random() ** 2)
     if rng.random() < 0.5:
         return 0, int(rng.integers(0, wan_rollout.CONTEXT + 1)), own
     true = int(rng.integers(2, wan_rollout.CONTEXT + 1))
@@ -76,13 +77,13 @@ def mini_wan_student(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Ten
         first, true, own = starts(batch, rng)
         learner = wan_rollout.Rollout(student, prompts, generator)
         guide = wan_rollout.Rollout(teacher, prompts, generator, nothing, GUIDANCE)
-        for place in range(first, first + true):
-            frame = latents[:, :, place : place + 1].to(run.device)
+        seen = [latents[:, :, place : place + 1].to(run.device) for place in range(first, first + true)]
+        for frame in seen:
             learner.keep(frame)
-            guide.keep(frame)
         for _ in range(own):
-            frame = learner.frame(levels)
-            learner.keep(frame)
+            seen.append(learner.frame(levels))
+            learner.keep(seen[-1])
+        for frame in seen[-wan_rollout.CONTEXT :]:  # to the teacher it is a window like those it learned from
             guide.keep(frame)
         return _step_loss(learner, guide, levels, int(rng.integers(STEPS)))
 
