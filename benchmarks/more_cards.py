@@ -71,8 +71,8 @@ knowing nothing would give. Intervals are 95 % bootstraps over captions.
 
 ## How it was trained
 
-`python -m fastdiff.miniature.train` with `wan-autoencoder`, then `mini-wan`, on renders and captions drawn afresh for
-every batch; no clip was downloaded.
+`python -m fastdiff.miniature.train` with `wan-autoencoder`, whose decoder then went on with long clips, and `mini-wan`,
+on renders and captions drawn afresh for every batch; no clip was downloaded.
 """
 )
 
