@@ -31,7 +31,10 @@ _NOISE = 0.05  # added to latents before they are decoded
 
 
 def wan_long(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
-    """The error of pictures over all chunks of long clips, and how far latents are from those of the teacher."""
+    """The error of pictures over all chunks of long clips, and how far latents are from what they meant before.
+
+    What they meant is the shipped autoencoder's word: export only when the run is done, or the rest learns another.
+    """
     module: Any = wan_weights.load_autoencoder().to(run.device)
     before: Any = copy.deepcopy(module).requires_grad_(False)
 
