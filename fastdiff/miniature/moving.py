@@ -26,6 +26,18 @@ def scene(rng: np.random.Generator, **fixed: str) -> world.Scene:
     return replace(still, things=(thing,), motion=world.Motion(direction, pace))
 
 
+def otherwise(seen: world.Scene, rng: np.random.Generator) -> world.Scene:
+    """A scene that moves as this one does, from where it does, with one to three of its other words changed."""
+    words = truth(seen)
+    choices = {"background": world.BACKGROUNDS, "colour": world.COLOURS, "shape": world.SHAPES}
+    changed = rng.permutation(list(choices))[: rng.integers(1, len(choices) + 1)]
+    made = dict(words)
+    while made == words or made["colour"] == made["background"]:
+        made |= {name: str(rng.choice([one for one in choices[name] if one != words[name]])) for name in changed}
+    new, old = scene(rng, **made), seen.things[0]
+    return replace(new, things=(replace(new.things[0], x=old.x, y=old.y),))
+
+
 def centres(scene: world.Scene, frames: int, first: int = 0) -> np.ndarray:
     """The object's true centres (x, y) from frame `first` on: float64 [frames, 2] in 0..1."""
     assert scene.motion is not None

@@ -98,7 +98,7 @@ def mini_wan_buffer(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tens
 
     def loss(step: int, rank: int, batch: int) -> Tensor:
         pool = pools.setdefault(rank, Latents(run, rank))
-        latents, scenes, rng = pool.take(step, batch, _FRAMES, _POOL, _PASSES)
+        latents, _, scenes, rng = pool.take(step, batch, _FRAMES, _POOL, _PASSES)
         words, generator = captions(scenes, rng), torch.Generator().manual_seed(int(rng.integers(2**31)))
         text = Text(model.embed(words, run.device).detach())
 

@@ -4,6 +4,9 @@ An autoencoder that has only seen short clips has never met caches that are many
 mixes up colours and its decoder loses them. Here both run through long clips with their caches handed on as in a
 stream; gradients reach back some chunks. So that latents keep their meaning for a transformer that knows them, a late
 frame's are drawn to what the autoencoder as it was says of the same frame early in a video.
+
+In every second step the latents that are decoded change, somewhere on the way, to another clip's: a decoder that has
+never seen a cut goes on showing the old colours for many chunks after new words were given.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ def wan_long(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
         clip = pixels([moving.render(moving.scene(rng), _FRAMES, wan.SIZE, start) for start in first]).to(run.device)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         with torch.autocast(torch.device(run.device).type, torch.bfloat16):
-            latents, frames = _through(module, clip, generator)
+            last = clip.shape[2] // wan.PER_LATENT
+            cut = int(rng.integers(1, last)) if step % 2 else last + 1
+            latents, frames = _through(module, clip, generator, cut)
             with torch.no_grad():
                 early = encode(before, clip[:, :, : 1 + _EARLY * wan.PER_LATENT])[:, : wan.CHANNELS]
                 late = int(rng.integers(_EARLY + 1, latents.shape[2]))
@@ -53,26 +58,35 @@ def wan_long(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
                 said = encode(before, again)[:, : wan.CHANNELS, _EARLY:]
         drawn = functional.mse_loss(latents[:, :, : _EARLY + 1].float(), early.float())
         drawn = drawn + functional.mse_loss(latents[:, :, late : late + 1].float(), said.float())
-        return picture_error(frames.float() - clip) + _ANCHOR * drawn
+        return picture_error(frames.float() - exchanged(clip, 1 + (cut - 1) * wan.PER_LATENT)) + _ANCHOR * drawn
 
     return module, loss
 
 
-def _through(vae: Any, clip: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Latents ``[B, C, 1 + k, h, w]`` and decoded frames of a clip, chunk by chunk, gradients cut now and then."""
+def exchanged(clip: Tensor, at: int) -> Tensor:
+    """Clips ``[B, C, F, h, w]`` whose frames from ``at`` on are each other's."""
+    return torch.cat([clip[:, :, :at], clip[:, :, at:].flip(0)], dim=2)
+
+
+def _through(vae: Any, clip: Tensor, generator: torch.Generator, cut: int) -> tuple[Tensor, Tensor]:
+    """Latents ``[B, C, 1 + k, h, w]`` of clips and decoded frames, which from chunk ``cut`` on are of each other's.
+
+    Chunk by chunk, gradients held back now and then.
+    """
     chunks = FeatureList(vae)
     sides: dict[str, list[Any]] = {side: chunks.empty(side) for side in ("encoder", "decoder")}
     latents, frames = [], []
     for number, part in enumerate([clip[:, :, :1], *clip[:, :, 1:].split(wan.PER_LATENT, dim=2)]):
         if number % _BACK == 0:
-            sides = {side: [_cut(entry) for entry in cache] for side, cache in sides.items()}
+            sides = {side: [_held(entry) for entry in cache] for side, cache in sides.items()}
         moments, sides["encoder"] = chunks.encode(part, sides["encoder"])
         latents.append(moments[:, : wan.CHANNELS])
         noise = torch.randn(latents[-1].shape, generator=generator).to(latents[-1])
-        made, sides["decoder"] = chunks.decode(latents[-1] + _NOISE * noise, sides["decoder"])
+        told = (latents[-1] if number < cut else latents[-1].flip(0)) + _NOISE * noise
+        made, sides["decoder"] = chunks.decode(told, sides["decoder"])
         frames.append(made)
     return torch.cat(latents, dim=2), torch.cat(frames, dim=2)
 
 
-def _cut(entry: Any) -> Any:
+def _held(entry: Any) -> Any:
     return entry.detach() if isinstance(entry, Tensor) else entry

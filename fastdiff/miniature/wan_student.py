@@ -3,7 +3,8 @@
 Trained the way it is used (self-rollout, after Self-Forcing, https://arxiv.org/abs/2506.08009): the context of a frame
 is what the student made before, up to twelve frames after none to four true ones, and the noisy frame is where its own
 earlier calls led. What it should have said there is where the guided teacher's flow ends from that very point, with the
-same last frames before it, so no discriminator and no third network are needed.
+same last frames before it, so no discriminator and no third network are needed. In some rollouts the true frames show
+another scene, as they do when the words have just changed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RANK = 16
 GUIDANCE = 2.5
 _TEACHER_STEPS = 6  # Euler steps of the teacher from the noisiest level to the frame; fewer from lower ones
 _OWN = 12  # frames the student makes before the one it learns from, at most
+_SWITCHED = 0.25  # of the rollouts: the words change after the true frames
 _FRAMES, _POOL, _PASSES = 33, 768, 4
 _TARGETS = r".*attn[12]\.to_(q|k|v|out\.0)|.*ffn\.net\.(0\.proj|2)"
 
@@ -70,14 +72,16 @@ def mini_wan_student(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Ten
 
     def loss(step: int, rank: int, batch: int) -> Tensor:
         pool = pools.setdefault(rank, Latents(run, rank))
-        latents, scenes, rng = pool.take(step, batch, _FRAMES, _POOL, _PASSES)
+        latents, twins, scenes, rng = pool.take(step, batch, _FRAMES, _POOL, _PASSES)
         words, generator = captions(scenes, rng), torch.Generator().manual_seed(int(rng.integers(2**31)))
         with torch.no_grad():
             prompts, nothing = model.embed(words, run.device), model.embed([""], run.device)
         first, true, own = starts(batch, rng)
         learner = wan_rollout.Rollout(student, prompts, generator)
         guide = wan_rollout.Rollout(teacher, prompts, generator, nothing, GUIDANCE)
-        seen = [latents[:, :, place : place + 1].to(run.device) for place in range(first, first + true)]
+        changed = torch.from_numpy(rng.random(batch) < _SWITCHED)
+        past = torch.where(changed.view(-1, 1, 1, 1, 1), twins, latents)
+        seen = [past[:, :, place : place + 1].to(run.device) for place in range(first, first + true)]
         for frame in seen:
             learner.keep(frame)
         for _ in range(own):

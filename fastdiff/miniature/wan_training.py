@@ -2,7 +2,8 @@
 
 The transformer learns single frames first (sixteen tokens each, where colours and shapes are cheap to learn), then
 windows of five latent frames. Most windows are block-causal with a noise level of their own for every frame (diffusion
-forcing, https://arxiv.org/abs/2407.01392). The others have full attention: with one level for all, as a pipeline calls
+forcing, https://arxiv.org/abs/2407.01392), and in some of them the words have just changed: what came before is context
+and shows another scene that moves alike. The others have full attention: with one level for all, as a pipeline calls
 it, or with levels that rise from share to share, as a moving buffer holds them (https://arxiv.org/abs/2507.03745).
 """
 
@@ -39,6 +40,7 @@ SHARES = 4  # chunks of one frame in a moving buffer, each in its own share of t
 _PADDING = 0.6  # of the run before prompts are padded as the pipeline pads them: before, few tokens are seen sooner
 _CLEAN = 0.4  # of the frames of a causal window: context, hardly noisy
 _RISING = 0.35  # of the causal windows: levels that rise from frame to frame
+_SWITCHED = 0.25  # of the causal windows: the words change inside them
 _CONTEXT = 0.1  # the noisiest level of a context frame
 
 
@@ -146,7 +148,7 @@ class TextToVideo(nn.Module):
 
 
 class Latents:
-    """Encoded scenes, the same for the same number: `clips` of nine latent frames, or `stills` of one."""
+    """Encoded scenes, the same for the same number. Of clips every one has a twin: another scene that moves alike."""
 
     def __init__(self, run: Any, rank: int) -> None:
         self.run, self.rank = run, rank
@@ -159,7 +161,8 @@ class Latents:
         """Scenes and their normalised latents float32 ``[size, C, 1 + (frames - 1) / 4, h, w]``."""
         if frames not in self.held or self.held[frames][0] != number:
             rng = np.random.default_rng([self.run.seed, 4, number, self.rank, frames])
-            scenes = [moving.scene(rng) for _ in range(size)]
+            scenes = [moving.scene(rng) for _ in range(size // 2 if frames > 1 else size)]
+            scenes += [moving.otherwise(scene, rng) for scene in scenes[: size - len(scenes)]]
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.run.device == "cpu"):
                 parts = [self._encode(scenes[i : i + 64], frames) for i in range(0, size, 64)]
             self.held[frames] = (number, scenes, torch.cat(parts).clone())
@@ -169,8 +172,10 @@ class Latents:
         clip = pixels([moving.render(scene, frames, wan.SIZE) for scene in scenes]).to(self.run.device)
         return (encode(self.vae, clip)[:, : wan.CHANNELS].float().cpu() - self.mean) / self.std
 
-    def take(self, step: int, batch: int, frames: int, size: int, passes: int) -> tuple[Tensor, list[world.Scene], Any]:
-        """A batch of latents with their scenes, and the step's own `numpy` generator."""
+    def take(
+        self, step: int, batch: int, frames: int, size: int, passes: int
+    ) -> tuple[Tensor, Tensor, list[world.Scene], Any]:
+        """A batch of latents, those of clips' twins, the scenes of the first, and the step's own `numpy` generator."""
         per_pass = size // batch
         number, place = divmod(step, per_pass * passes)
         scenes, latents = self.pool(number, frames, size)
@@ -178,7 +183,8 @@ class Latents:
         order = np.random.default_rng([self.run.seed, 5, number, passage, self.rank]).permutation(size)
         chosen = order[place * batch : (place + 1) * batch]
         rng = np.random.default_rng([self.run.seed, 6, step, self.rank])
-        return latents[torch.from_numpy(chosen)], [scenes[i] for i in chosen], rng
+        made, twins = (latents[torch.from_numpy(places)] for places in (chosen, (chosen + size // 2) % size))
+        return made, twins, [scenes[i] for i in chosen], rng
 
 
 def captions(scenes: list[world.Scene], rng: np.random.Generator) -> list[str]:
@@ -234,7 +240,22 @@ def windows(latents: Tensor, starts: np.ndarray, frames: int = _WINDOW) -> Tenso
     return torch.stack([clip[:, start : start + frames] for clip, start in zip(latents, starts.tolist(), strict=True)])
 
 
-def _window(latents: Tensor, rng: np.random.Generator) -> tuple[Tensor, np.ndarray, np.ndarray, bool]:
+def switched(
+    latents: Tensor, twins: Tensor, sigma: np.ndarray, weight: np.ndarray, rng: np.random.Generator
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Windows, their sigmas and what of them is learned, after the words have changed inside some of the windows.
+
+    The frames before the change are the twin's, hardly noisy, and not learned.
+    """
+    count, frames = sigma.shape
+    change = np.where(rng.random(count) < _SWITCHED, rng.integers(1, frames, count), 0)
+    before = np.arange(frames) < change[:, None]
+    sigma, weight = np.where(before, _CONTEXT * rng.random(sigma.shape), sigma), np.where(before, 0.0, weight)
+    weight[~weight.any(1), -1] = 1.0
+    return torch.where(torch.from_numpy(before)[:, None, :, None, None], twins, latents), sigma, weight
+
+
+def _window(latents: Tensor, twins: Tensor, rng: np.random.Generator) -> tuple[Tensor, np.ndarray, np.ndarray, bool]:
     """A step's windows of clips, their sigmas, which frames are learned, and whether attention is block-causal."""
     batch, kind = len(latents), rng.random()
     starts = np.where(rng.random(batch) < 0.5, 0, rng.integers(1, latents.shape[2] - _WINDOW + 1, batch))
@@ -246,7 +267,8 @@ def _window(latents: Tensor, rng: np.random.Generator) -> tuple[Tensor, np.ndarr
         sigma, weight = buffer_levels(batch, under_way, rng)
         starts = starts if under_way == SHARES else np.zeros_like(starts)
         return windows(latents, starts, sigma.shape[1]), sigma, weight, False
-    return windows(latents, starts), *causal_levels(starts, rng), True
+    told = causal_levels(starts, rng)
+    return *switched(windows(latents, starts), windows(twins, starts), *told, rng), True
 
 
 def mini_wan(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
@@ -260,11 +282,11 @@ def mini_wan(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
         causal = False
         if step < stills_until or step % 4 == 3:
             count = _STILL_BATCH * batch
-            latents, scenes, rng = pool.take(step, count, 1, _STILL_BATCH * _POOL, _PASSES)
+            latents, _, scenes, rng = pool.take(step, count, 1, _STILL_BATCH * _POOL, _PASSES)
             sigma, weight = levels(count, rng)[:, None], np.ones((count, 1))
         else:
-            latents, scenes, rng = pool.take(step, batch, _LONG, _POOL, _PASSES)
-            latents, sigma, weight, causal = _window(latents, rng)
+            latents, twins, scenes, rng = pool.take(step, batch, _LONG, _POOL, _PASSES)
+            latents, sigma, weight, causal = _window(latents, twins, rng)
         padded = step >= _PADDING * run.steps and rng.random() < 0.5
         padding = PADDED - tokenizer.LENGTH if padded else 0
         return _error(module, latents, scenes, (sigma, weight), rng, padding, causal)

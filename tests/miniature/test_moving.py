@@ -89,3 +89,16 @@ def test_an_empty_picture_has_no_object():
     assert np.isnan(seen.places).all()
     with pytest.raises(ValueError, match="two frames or more"):
         moving_detector.look(empty[:1])
+
+
+def test_another_scene_moves_alike_in_other_words():
+    rng, changed = np.random.default_rng(0), []
+    for _ in range(100):
+        seen = moving.scene(rng)
+        other = moving.otherwise(seen, rng)
+        assert np.array_equal(moving.centres(seen, 9), moving.centres(other, 9))
+        assert other.things[0].colour != other.background
+        was, now = moving.truth(seen), moving.truth(other)
+        changed.append({name for name in was if was[name] != now[name]})
+    assert set().union(*changed) == {"background", "colour", "shape"}
+    assert {len(names) for names in changed} == {1, 2, 3}

@@ -83,6 +83,37 @@ def test_windows_begin_where_they_are_told():
     assert made.flatten().tolist() == [0, 1, 2, 3, 4, 13, 14, 15, 16, 17]
 
 
+def test_before_the_words_change_there_is_the_twin_and_it_is_not_learned():
+    rng, shape = np.random.default_rng(0), (200, 5)
+    own, twins = torch.zeros(200, 1, 5, 1, 1), torch.ones(200, 1, 5, 1, 1)
+    sigma, weight = rng.random(shape), np.ones(shape)
+    weight[:50, 1:] = 0.0  # nothing is left to learn here once the words have changed
+    made, told, learned = wan_training.switched(own, twins, sigma, weight, rng)
+    before = made[:, 0, :, 0, 0].numpy() == 1
+    assert 0.15 < before.any(1).mean() < 0.35
+    assert (np.diff(before.astype(int), axis=1) <= 0).all(), "nothing comes back after the change"
+    assert not learned[before].any()
+    assert (told[before] <= 0.1).all()
+    assert learned.any(1).all()
+    assert np.array_equal(told[~before], sigma[~before])
+    assert np.array_equal(made[:, 0, -1].flatten().numpy(), np.zeros(200)), "the last frame always is what is asked for"
+
+
+def test_twins_move_alike_and_are_called_otherwise(small, tmp_path):
+    run = train.Run("mini-wan", images=400, batch=4, processes=1, folder=tmp_path)
+    pool = wan_training.Latents(run, 0)
+    latents, twins, scenes, _ = pool.take(0, 4, 33, 8, 1)
+    held, encoded = pool.pool(0, 33, 8)
+    for latent, twin, scene in zip(latents, twins, scenes, strict=True):
+        place = held.index(scene)
+        other = held[(place + 4) % 8]
+        assert torch.equal(latent, encoded[place])
+        assert torch.equal(twin, encoded[(place + 4) % 8])
+        assert other.motion == scene.motion
+        assert (other.things[0].x, other.things[0].y) == (scene.things[0].x, scene.things[0].y)
+        assert moving.truth(other) != moving.truth(scene)
+
+
 @pytest.fixture
 def small(monkeypatch, pipe):
     """Pools of a few clips, encoded by an autoencoder that never learned anything."""

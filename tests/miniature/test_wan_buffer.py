@@ -39,7 +39,7 @@ def test_windows_of_all_kinds_are_met():
     latents = drawn(8, 16, 9, 4, 4)
     seen = set()
     for seed in range(200):
-        made, sigma, weight, causal = wan_training._window(latents, np.random.default_rng(seed))
+        made, sigma, weight, causal = wan_training._window(latents, latents + 1, np.random.default_rng(seed))
         assert made.shape[2] == sigma.shape[1] == weight.shape[1]
         assert weight.any(1).all()
         seen.add((made.shape[2], causal))

@@ -17,23 +17,36 @@ def shipped(monkeypatch, tmp_path, pipe):
     return next((tmp_path / "mini-wan" / "vae").glob("*.safetensors"))
 
 
-def clips(frames, seed=0):
-    return torch.rand(1, 3, frames, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def clips(frames, seed=0, count=1):
+    return torch.rand(count, 3, frames, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def test_it_encodes_and_decodes_as_ever(pipe, monkeypatch):
     monkeypatch.setattr(wan_long, "_NOISE", 0.0)
     clip = clips(17)
     with torch.no_grad():
-        latents, frames = wan_long._through(pipe.vae, clip, torch.Generator())
+        latents, frames = wan_long._through(pipe.vae, clip, torch.Generator(), cut=9)
         torch.testing.assert_close(latents, wan_training.encode(pipe.vae, clip)[:, : wan.CHANNELS])
         torch.testing.assert_close(frames, wan_training.decode(pipe.vae, latents))
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_after_a_cut_it_decodes_the_other_clip(pipe, monkeypatch, cut):
+    monkeypatch.setattr(wan_long, "_NOISE", 0.0)
+    clip = clips(17, count=2)
+    with torch.no_grad():
+        latents, frames = wan_long._through(pipe.vae, clip, torch.Generator(), cut)
+        torch.testing.assert_close(latents, wan_training.encode(pipe.vae, clip)[:, : wan.CHANNELS])
+        torch.testing.assert_close(frames, wan_training.decode(pipe.vae, wan_long.exchanged(latents, cut)))
+    swapped = wan_long.exchanged(clip, 1 + (cut - 1) * wan.PER_LATENT)
+    same = (swapped == clip).all(dim=(0, 1, 3, 4))
+    assert same.tolist() == [frame < 1 + (cut - 1) * wan.PER_LATENT for frame in range(17)]
 
 
 def test_gradients_reach_back_some_chunks(pipe, monkeypatch):
     monkeypatch.setattr(wan_long, "_BACK", 2)
     clip = clips(17).requires_grad_()
-    _, frames = wan_long._through(pipe.vae, clip, torch.Generator())
+    _, frames = wan_long._through(pipe.vae, clip, torch.Generator(), cut=9)
     frames[:, :, 9:13].sum().backward()  # of the fourth chunk
     assert clip.grad is not None
     reached = clip.grad.abs().amax(dim=(0, 1, 3, 4)) > 0
@@ -45,9 +58,11 @@ def test_gradients_reach_back_some_chunks(pipe, monkeypatch):
 def test_latents_that_stay_are_not_drawn_anywhere(shipped, monkeypatch, tmp_path):
     """An encoder with no memory says the same of a frame wherever it stands."""
     monkeypatch.setattr(wan_long, "encode", lambda vae, frames: frames[:, :1, ::4].repeat(1, 2 * wan.CHANNELS, 1, 1, 1))
-    monkeypatch.setattr(
-        wan_long, "_through", lambda vae, clip, generator: (clip[:, :1, ::4].repeat(1, wan.CHANNELS, 1, 1, 1), clip)
-    )
+
+    def through(vae, clip, generator, cut):
+        return clip[:, :1, ::4].repeat(1, wan.CHANNELS, 1, 1, 1), wan_long.exchanged(clip, 1 + 4 * (cut - 1))
+
+    monkeypatch.setattr(wan_long, "_through", through)
     _, loss = wan_long.wan_long(train.Run("wan-long", images=40, batch=2, processes=1, folder=tmp_path))
     assert [loss(step, 0, 2).item() for step in range(8)] == [0.0] * 8
 

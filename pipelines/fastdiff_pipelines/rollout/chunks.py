@@ -69,6 +69,18 @@ class Flying:
     step: int = 0
     stages: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._first = self.x
+
+    def rewind(self) -> None:
+        """Back to before the first step."""
+        self.x, self.step = self._first, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its latents and of their noise."""
+        return self.x.nbytes + self._first.nbytes + self.noises.nbytes
+
     @property
     def finished(self) -> bool:
         """Whether every step has been taken."""

@@ -90,8 +90,7 @@ class RolloutSession:
         """Bytes that the session holds between chunks."""
         if self.closed:
             return 0
-        flying = sum(item.x.nbytes + item.noises.nbytes for item in self._flying)
-        return self._memory.nbytes + self._codec.held_bytes + flying
+        return self._memory.nbytes + self._codec.held_bytes + sum(item.nbytes for item in self._flying)
 
     def generate(self, control: Any = None, captured: Sequence[float] | None = None) -> list[Chunk]:
         """Begin the next chunk and take out those that are finished: one, or none while a batched rollout fills.
@@ -134,9 +133,10 @@ class RolloutSession:
     def update(self, **changes: Any) -> None:
         """Change settings live (`RolloutSettings`, and `prompt` for all prompts). All take effect or none.
 
-        A new prompt holds for chunks in flight too, and the context is computed again under it, so that it forgets the
-        old one. Another number of steps, chunk length, batching or guidance first finishes what is in flight; those
-        chunks come out with the next ones.
+        Under a new prompt the context is computed again, so that it forgets the old one. Chunks in flight hear it too:
+        in a "rolling" context they begin again, which takes `steps` - 1 more calls, once, and the next chunk to come
+        out is the new prompt's from its first step on. Another number of steps, chunk length, batching or guidance
+        first finishes what is in flight; those chunks come out with the next ones.
 
         Raises:
             TypeError, ValueError: as `RolloutSettings.changed`; or settings that do not fit the context.
@@ -159,7 +159,7 @@ class RolloutSession:
             self._memory.reshape(new)
         self._ready(new)
         self.settings, self.version = new, self.version + 1
-        self._due = self._due or said
+        self._due, self._said = self._due or said, self._said or said
         self.ledger.asked(self.version)
 
     def run(self, controls: Any = None, chunks: int | None = None, on_bad: str = "raise") -> Iterator[Chunk]:
@@ -193,7 +193,7 @@ class RolloutSession:
     def _begin(self) -> None:
         self._flying, self._made = [], []
         self._unsettled: tuple[int, Tensor] | None = None
-        self._due, self._since, self._begun = False, 0, False
+        self._due, self._said, self._since, self._begun = False, False, 0, False
         self._last_control: Tensor | None = None
         self._from_noise: bool | None = None
         self._memory.clear()
@@ -366,7 +366,21 @@ class RolloutSession:
         if self._due:
             self._memory.recache(self.settings.chunk)
             self._due, self._since = False, 0
+        if self._said and self.context.kind == "rolling":
+            self._again()
+        self._said = False
         self.ledger.keep_up((self.clock() - began) * 1000)
+
+    def _again(self) -> None:
+        """Take chunks in flight from their beginning to where they were, under the context and the prompts of now."""
+        flying = sorted(self._flying, key=lambda item: -item.step)  # oldest first
+        reached = [item.step for item in flying]
+        for item in flying:
+            item.rewind()
+        for call in range(max(reached, default=0)):  # as a rollout fills: one by one they join in
+            joined = [item for item, step in zip(flying, reached, strict=True) if step + call >= reached[0]]
+            for item, part in zip(joined, self._rolled(joined), strict=True):
+                item.advance(part, self.settings.sampler)
 
     def _contextual(self, number: int, clean: Tensor) -> tuple[Tensor, Tensor]:
         """Finished latents as context, and what the model is told of each of their frames ``[B, c]``."""

@@ -98,3 +98,56 @@ def test_absolute_positions_go_on_when_the_context_is_computed_again() -> None:
         session.finalise()
         assert session._memory.cache.moments().tolist() == before.tolist() * 6
         assert session._memory.cache.layout(1).new.flatten().tolist() == [6] * 6
+
+
+@pytest.mark.parametrize("controls", [False, True])
+@pytest.mark.parametrize(
+    "change", [{"prompt": "another thing"}, {"negative_prompt": "other"}, {"prompt": "y", "guidance_scale": 1.0}]
+)
+def test_words_changed_before_anything_was_finished_are_as_if_said_from_the_beginning(
+    controls: bool, change: dict[str, Any]
+) -> None:
+    given = {"steps": 3, "guidance_scale": 2.0 if "negative_prompt" in change else 1.0}
+    parts = [video(1), video(4), video(4), video(4)] if controls else [None] * 4
+    with rollout(**given) as model:
+        made = []
+        for early in (False, True):
+            session = model.open("x")
+            if early:
+                session.update(**change)
+            out = [chunk for part in parts[:2] for chunk in session.generate(part)]
+            assert not out
+            if not early:
+                session.update(**change)
+                session.finalise()
+                assert [item.step for item in session._flying] == [2, 1]
+            out += [chunk for part in parts[2:] for chunk in session.generate(part)]
+            made.append(torch.cat([chunk.latents for chunk in [*out, *session.flush()]], dim=2))
+    torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-5)
+
+
+def test_chunks_in_flight_keep_nothing_of_the_old_words_but_what_is_finished() -> None:
+    """Two videos that differ in what is in flight, and not in finished frames, go on alike."""
+    with rollout(steps=3) as model:
+        made = []
+        for other in (0.0, 1.0):
+            session = model.open("x")
+            for _ in range(3):
+                session.generate()
+            for item in session._flying:
+                item.x = item.x + other
+            session.update(prompt="the last word")
+            session.finalise()
+            made.append(torch.cat([item.x for item in session._flying], dim=2))
+    assert torch.equal(made[0], made[1])
+
+
+def test_a_context_of_steps_goes_on_with_what_is_in_flight() -> None:
+    with rollout(steps=3, context=Context(kind="steps")) as model:
+        session = model.open("x")
+        session.generate()
+        session.generate()
+        before = [item.x.clone() for item in session._flying]
+        session.update(prompt="another thing")
+        session.finalise()
+        assert all(torch.equal(item.x, was) for item, was in zip(session._flying, before, strict=True))
