@@ -176,8 +176,7 @@ def mini_dit(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     taught = weights.load_parts()
     teacher = Velocity(taught["unet"], run.device)
     text = taught["text_encoder"].to(run.device)
-    pipe: Any = pipeline(weights.load_autoencoder(), taught["text_encoder"], transformer())
-    pipe.transformer = None
+    pipe: Any = pipeline(weights.load_autoencoder(), taught["text_encoder"], module)
     pipe.to(run.device)
     tokenize = models.tokenizer.build()
     network = Replica(module, Float32JointAttention()) if run.device == "cpu" else module
