@@ -2,7 +2,7 @@
 
 The embedded `mini-wan` with its student, several prompts side by side. Rows are `<setting>-<chunk>`, chunks counted
 from the first that comes out after the change:
-    rolling: as it streams, chunks in flight together, which the new words reach at once.
+    rolling: as it streams; chunks in flight begin again under the new words.
     clean: one chunk at a time.
     kept: as `clean`, but what was remembered is left as it was under the old words.
 
