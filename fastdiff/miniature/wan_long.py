@@ -5,8 +5,9 @@ mixes up colours and its decoder loses them. Here both run through long clips wi
 stream; gradients reach back some chunks. So that latents keep their meaning for a transformer that knows them, a late
 frame's are drawn to what the autoencoder as it was says of the same frame early in a video.
 
-In every second step the latents that are decoded change, somewhere on the way, to another clip's: a decoder that has
-never seen a cut goes on showing the old colours for many chunks after new words were given.
+In every second step the latents that are decoded change, somewhere on the way, to another clip's, which moves alike or
+is of something else: a decoder that has never seen a cut goes on showing the old colours for many chunks after new
+words were given. In the second part of a run only the decoder learns.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _FRAMES = 49  # 13 latent frames: longer than its caches remember
 _BACK = 4  # chunks that gradients reach back
 _EARLY = 2  # the latent frame from which on latents mean what they mean there
 _ANCHOR = 0.3
+_BOTH = 0.5  # of the run: encoder and decoder; then latents mean what they mean, and a transformer may learn them
 _NOISE = 0.05  # added to latents before they are decoded
 
 
@@ -43,24 +45,35 @@ def wan_long(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
 
     def loss(step: int, rank: int, batch: int) -> Tensor:
         rng = np.random.default_rng([run.seed, 7, step, rank])
-        first = [int(rng.integers(1000)) for _ in range(batch)]
-        clip = pixels([moving.render(moving.scene(rng), _FRAMES, wan.SIZE, start) for start in first]).to(run.device)
+        module.requires_grad_(step < _BOTH * run.steps)
+        module.decoder.requires_grad_()
+        module.post_quant_conv.requires_grad_()
+        scenes, first = [moving.scene(rng) for _ in range(batch)], [int(rng.integers(1000)) for _ in range(batch)]
+        if step % 4 == 1:
+            scenes, first = [scenes[0], *(moving.otherwise(scenes[0], rng) for _ in scenes[1:])], first[:1] * batch
+        clips = [moving.render(scene, _FRAMES, wan.SIZE, start) for scene, start in zip(scenes, first, strict=True)]
+        clip = pixels(clips).to(run.device)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         with torch.autocast(torch.device(run.device).type, torch.bfloat16):
             last = clip.shape[2] // wan.PER_LATENT
             cut = int(rng.integers(1, last)) if step % 2 else last + 1
             latents, frames = _through(module, clip, generator, cut)
-            with torch.no_grad():
-                early = encode(before, clip[:, :, : 1 + _EARLY * wan.PER_LATENT])[:, : wan.CHANNELS]
-                late = int(rng.integers(_EARLY + 1, latents.shape[2]))
-                there = (late - _EARLY) * wan.PER_LATENT
-                again = clip[:, :, there : there + 1 + _EARLY * wan.PER_LATENT]
-                said = encode(before, again)[:, : wan.CHANNELS, _EARLY:]
-        drawn = functional.mse_loss(latents[:, :, : _EARLY + 1].float(), early.float())
-        drawn = drawn + functional.mse_loss(latents[:, :, late : late + 1].float(), said.float())
+            drawn = _drawn(before, clip, latents, rng) if latents.requires_grad else 0.0
         return picture_error(frames.float() - exchanged(clip, 1 + (cut - 1) * wan.PER_LATENT)) + _ANCHOR * drawn
 
     return module, loss
+
+
+def _drawn(before: Any, clip: Tensor, latents: Tensor, rng: np.random.Generator) -> Tensor:
+    """How far the first latents and a late one are from what the autoencoder ``before`` says of their frames early."""
+    late = int(rng.integers(_EARLY + 1, latents.shape[2]))
+    there = (late - _EARLY) * wan.PER_LATENT
+    again = clip[:, :, there : there + 1 + _EARLY * wan.PER_LATENT]
+    with torch.no_grad():
+        early = encode(before, clip[:, :, : 1 + _EARLY * wan.PER_LATENT])[:, : wan.CHANNELS]
+        said = encode(before, again)[:, : wan.CHANNELS, _EARLY:]
+    drawn = functional.mse_loss(latents[:, :, : _EARLY + 1].float(), early.float())
+    return drawn + functional.mse_loss(latents[:, :, late : late + 1].float(), said.float())
 
 
 def exchanged(clip: Tensor, at: int) -> Tensor:

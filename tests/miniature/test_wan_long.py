@@ -60,11 +60,18 @@ def test_latents_that_stay_are_not_drawn_anywhere(shipped, monkeypatch, tmp_path
     monkeypatch.setattr(wan_long, "encode", lambda vae, frames: frames[:, :1, ::4].repeat(1, 2 * wan.CHANNELS, 1, 1, 1))
 
     def through(vae, clip, generator, cut):
-        return clip[:, :1, ::4].repeat(1, wan.CHANNELS, 1, 1, 1), wan_long.exchanged(clip, 1 + 4 * (cut - 1))
+        latents = clip[:, :1, ::4].repeat(1, wan.CHANNELS, 1, 1, 1).requires_grad_()
+        return latents, wan_long.exchanged(clip, 1 + 4 * (cut - 1))
 
     monkeypatch.setattr(wan_long, "_through", through)
     _, loss = wan_long.wan_long(train.Run("wan-long", images=40, batch=2, processes=1, folder=tmp_path))
     assert [loss(step, 0, 2).item() for step in range(8)] == [0.0] * 8
+
+
+def test_in_the_end_only_the_decoder_learns(shipped, learned, tmp_path):
+    module, loss = wan_long.wan_long(train.Run("wan-long", images=40, batch=2, processes=1, folder=tmp_path))
+    names = learned(module, [loss(step, 0, 2) for step in (17, 18)])
+    assert {name.split(".")[0] for name in names} == {"decoder", "post_quant_conv"}
 
 
 def test_it_learns_and_what_it_says_of_its_latents_stays(shipped, learned, tmp_path):
