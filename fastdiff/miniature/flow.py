@@ -9,6 +9,7 @@ looks at a less noisy state from which the noisier one was drawn, whose mean is 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from . import models
 
 WIDTH = 192
+ZEROS = 256  # text tokens of zeros that the pipeline appends where there is no T5
 _NOISY_SHARE = 0.5  # of each batch: sigmas from the noisiest quarter, where places are decided
 
 
@@ -140,7 +142,14 @@ def sigmas(batch: int, generator: torch.Generator) -> Tensor:
 
 
 class Float32JointAttention:
-    """Joint attention with projections in the module's dtype and the attention in float32; no masks."""
+    """Joint attention with projections in the module's dtype and the attention in float32; no masks.
+
+    The last text token stands for ``last`` tokens that are all alike, with the logarithm of their number added to its
+    score: where there is no T5 the pipeline appends 256 tokens of zeros, and they stay alike through all blocks.
+    """
+
+    def __init__(self, last: int = 1) -> None:
+        self.bias = math.log(last)
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: Any
@@ -160,7 +169,8 @@ class Float32JointAttention:
         key.append(heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k))
         value.append(heads(attn.add_v_proj(encoder_hidden_states), None))
         q, k, v = (torch.cat(part, 2) for part in (query, key, value))
-        mixed = functional.scaled_dot_product_attention(q, k, v)
+        bias = functional.pad(q.new_full((1, 1, 1, 1), self.bias), (k.shape[2] - 1, 0))
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         mixed = mixed.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         out = attn.to_out[0](mixed[:, :count])
         return out, None if attn.context_pre_only else attn.to_add_out(mixed[:, count:])
@@ -179,7 +189,7 @@ def mini_dit(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     pipe: Any = pipeline(weights.load_autoencoder(), taught["text_encoder"], module)
     pipe.to(run.device)
     tokenize = models.tokenizer.build()
-    network = Replica(module, Float32JointAttention()) if run.device == "cpu" else module
+    network = Replica(module, Float32JointAttention(ZEROS)) if run.device == "cpu" else module
     pools: dict[int, Pool] = {}
 
     def loss(step: int, rank: int, batch: int) -> Tensor:
@@ -189,8 +199,10 @@ def mini_dit(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
         with torch.no_grad():
             x, sigma, velocity = teacher(latents, sigmas(batch, generator), text(ids)[0].float(), generator)
             prompt, _, pooled, _ = pipe.encode_prompt(
-                captions, None, None, device=run.device, do_classifier_free_guidance=False
+                captions, None, None, device=run.device, do_classifier_free_guidance=False, max_sequence_length=ZEROS
             )
+        if run.device == "cpu":
+            prompt = prompt[:, : ids.shape[1] + 1]
         conditions = {"encoder_hidden_states": prompt, "pooled_projections": pooled}
         with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.device != "cpu"):
             made = network(x, timestep=1000 * sigma, **conditions)
