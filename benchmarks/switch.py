@@ -3,6 +3,7 @@
 The embedded `mini-wan` with its student, several prompts side by side. Rows are `<setting>-<chunk>`, chunks counted
 from the first that comes out after the change:
     rolling: as it streams; chunks in flight begin again under the new words.
+    once: as `rolling`, but the first chunk under them is decoded once only, by a decoder that remembers the old ones.
     clean: one chunk at a time.
     kept: as `clean`, but what was remembered is left as it was under the old words.
 
@@ -23,7 +24,12 @@ from fastdiff_pipelines.rollout import ChunkRollout
 
 BEFORE, AFTER = 12, (1, 2, 3, 4, 8)
 _ONE = {"batched": False, "kind": "clean"}
-SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {"rolling": ({}, True), "clean": (_ONE, True), "kept": (_ONE, False)}
+SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {
+    "rolling": ({}, True),
+    "once": ({"redecode": 0}, True),
+    "clean": (_ONE, True),
+    "kept": (_ONE, False),
+}
 
 
 def run(full: bool = False, pipe: Any = None, rollouts: int = 0) -> Record:
@@ -73,7 +79,9 @@ def switched(
             session.generate()
         session.update(prompts=tuple(asked_then))
         if not anew:
-            session._due = False  # the context is computed again on every change of words; here it is not
+            session._due = session._said = (
+                False  # the context is computed again on every change of words; here it is not
+            )
         made = [chunk.frames for _ in range(AFTER[-1]) for chunk in session.generate()]
     return {number: made[number - 1] for number in AFTER}
 

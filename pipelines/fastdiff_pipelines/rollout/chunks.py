@@ -72,9 +72,10 @@ class Flying:
     def __post_init__(self) -> None:
         self._first = self.x
 
-    def rewind(self) -> None:
-        """Back to before the first step."""
-        self.x, self.step = self._first, 0
+    def rewind(self) -> int:
+        """Back to before the first step; how many had been taken."""
+        taken, self.step, self.x = self.step, 0, self._first
+        return taken
 
     @property
     def nbytes(self) -> int:

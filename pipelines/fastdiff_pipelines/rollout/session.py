@@ -193,7 +193,7 @@ class RolloutSession:
     def _begin(self) -> None:
         self._flying, self._made = [], []
         self._unsettled: tuple[int, Tensor] | None = None
-        self._due, self._said, self._since, self._begun = False, False, 0, False
+        self._due, self._said, self._since, self._redecode, self._begun = False, False, 0, 0, False
         self._last_control: Tensor | None = None
         self._from_noise: bool | None = None
         self._memory.clear()
@@ -327,7 +327,10 @@ class RolloutSession:
     def _decode(self, item: Flying) -> Chunk:
         began = self.clock()
         latents = self._codec.unscaled(item.x).to(self.model.vae.dtype)
-        decoded = self._codec.decode(latents) if bool(torch.isfinite(latents).all()) else None
+        decoded = None
+        for _ in range(1 + self._redecode if bool(torch.isfinite(latents).all()) else 0):
+            decoded = self._codec.decode(latents)
+        self._redecode = 0
         if decoded is None or not bool(torch.isfinite(decoded).all()):
             raise NotFinite(
                 f"chunk {item.number} (prompt {self.settings.prompts[0]!r}) holds NaN or infinity; check the model's "
@@ -366,17 +369,17 @@ class RolloutSession:
         if self._due:
             self._memory.recache(self.settings.chunk)
             self._due, self._since = False, 0
-        if self._said and self.context.kind == "rolling":
-            self._again()
-        self._said = False
+        if self._said:
+            self._redecode = self.context.redecode if self.frames_out else 0
+            if self.context.kind == "rolling":
+                self._again()
+            self._said = False
         self.ledger.keep_up((self.clock() - began) * 1000)
 
     def _again(self) -> None:
         """Take chunks in flight from their beginning to where they were, under the context and the prompts of now."""
         flying = sorted(self._flying, key=lambda item: -item.step)  # oldest first
-        reached = [item.step for item in flying]
-        for item in flying:
-            item.rewind()
+        reached = [item.rewind() for item in flying]
         for call in range(max(reached, default=0)):  # as a rollout fills: one by one they join in
             joined = [item for item, step in zip(flying, reached, strict=True) if step + call >= reached[0]]
             for item, part in zip(joined, self._rolled(joined), strict=True):

@@ -36,6 +36,8 @@ class Context:
         level: sigma the finished latents are noised to before they become context ("rolling" and "clean"), 0..1.
         recache_every: chunks after which the whole context is computed again from the kept latents; 0 does it only when
             the prompt changes.
+        redecode: how often the first chunk under a new prompt is decoded for nothing before it is decoded. A causal
+            decoder remembers what it last drew; one that knows no cuts goes on showing it for some chunks.
         positions: "relative" to the cache, or "absolute" from the first frame on.
         storage: "native", "int8" or "float8".
     """
@@ -46,6 +48,7 @@ class Context:
     kind: str = "rolling"
     level: float = 0.0
     recache_every: int = 0
+    redecode: int = 1
     positions: str = "relative"
     storage: str = "native"
 
@@ -55,6 +58,7 @@ class Context:
         check_choice("Context", "kind", self.kind, CONTEXTS)
         check_number("Context", "level", self.level, 0, 1)
         check_number("Context", "recache_every", self.recache_every, 0, whole=True)
+        check_number("Context", "redecode", self.redecode, 0, 8, whole=True)
         check_choice("Context", "positions", self.positions, POSITIONS)
         check_choice("Context", "storage", self.storage, STORAGE)
         if self.evict_below is not None:

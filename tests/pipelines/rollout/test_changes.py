@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastdiff.video.streaming_vae import StreamingVAE
 from fastdiff_pipelines.rollout import Context
 from tests.pipelines.rollout.tiny import rollout, video
 
@@ -151,3 +152,23 @@ def test_a_context_of_steps_goes_on_with_what_is_in_flight() -> None:
         session.update(prompt="another thing")
         session.finalise()
         assert all(torch.equal(item.x, was) for item, was in zip(session._flying, before, strict=True))
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_the_first_chunk_of_new_words_is_what_the_decoder_remembers(times: int) -> None:
+    with rollout(steps=1, batched=False, context=Context(redecode=times)) as model:
+        session = model.open("x")
+        made = [chunk for _ in range(3) for chunk in session.generate()]
+        session.update(prompt="another thing")
+        made += [chunk for _ in range(2) for chunk in session.generate()]
+        codec = StreamingVAE(model.vae)
+        for chunk in made:
+            latents = codec.unscaled(chunk.latents)
+            if chunk.number == 3:
+                with torch.inference_mode():
+                    for _ in range(times):
+                        codec.decode(latents)
+            with torch.inference_mode():
+                expected = codec.decode(latents)
+            assert expected is not None
+            assert torch.equal(chunk.pixels, expected.float().mul(0.5).add(0.5).clamp(0, 1))
