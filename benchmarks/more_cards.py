@@ -71,8 +71,9 @@ knowing nothing would give. Intervals are 95 % bootstraps over captions.
 
 ## How it was trained
 
-`python -m fastdiff.miniature.train` with `wan-autoencoder`, whose decoder then went on with long clips, and `mini-wan`,
-on renders and captions drawn afresh for every batch; no clip was downloaded.
+`python -m fastdiff.miniature.train` with `wan-autoencoder`, `wan-long` (the same on long clips and cuts) and `mini-wan`
+(the first 140,000 images on the latents of the first, 65,000 more on those of the second), on renders and captions
+drawn afresh for every batch; no clip was downloaded.
 """
 )
 

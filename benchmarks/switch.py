@@ -51,7 +51,7 @@ def run(full: bool = False, pipe: Any = None, rollouts: int = 0) -> Record:
     after = recoloured(before)
     for name, (settings, anew) in SETTINGS.items():
         for number, clips in switched(pipe, before, after, settings, anew).items():
-            record.rows.append(Row(f"{name}-{number}", quality=_read(clips, before, after)))
+            record.rows.append(Row(f"{name}-{number}", quality=read(clips, before, after)))
     return record.finish()
 
 
@@ -86,7 +86,8 @@ def switched(
     return {number: made[number - 1] for number in AFTER}
 
 
-def _read(clips: np.ndarray, before: list[world.Scene], after: list[world.Scene]) -> dict[str, Any]:
+def read(clips: np.ndarray, before: list[world.Scene], after: list[world.Scene]) -> dict[str, Any]:
+    """What the detector sees of the new words, and of the old colour, in clips ``[B, F, H, W, 3]``."""
     seen = [moving_detector.look(clip).colour for clip in clips]
     found = moving_detector.score(list(clips), after)
     return {
