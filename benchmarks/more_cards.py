@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import fastdiff
-from benchmarks import card, moving
+from benchmarks import card, moving, switch, video
 from benchmarks.readme import markdown
 from benchmarks.record import RESULTS, Record
 from fastdiff.miniature import moving as motion
@@ -164,6 +164,9 @@ def main() -> None:
         pipe = _plain("mini-wan")
         text = _VIDEO.format(parts=card.parts(pipe, FOLDER / "mini-wan", PARTS), table=markdown(record, CLIPS))
         _write("mini-wan", clips(pipe), text)
+        streamed, missing = video.embedded()
+        if not missing:
+            switch.sheet(streamed).save(RESULTS / "switch.png", optimize=True)
 
 
 def _measured(model: str, bench: str) -> Record | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from benchmarks.drift import STEPS, scenes_of
 from benchmarks.record import Record, Row
@@ -50,8 +51,9 @@ def run(full: bool = False, pipe: Any = None, rollouts: int = 0) -> Record:
     before = scenes_of(rollouts or (128 if full else 32))
     after = recoloured(before)
     for name, (settings, anew) in SETTINGS.items():
-        for number, clips in switched(pipe, before, after, settings, anew).items():
-            record.rows.append(Row(f"{name}-{number}", quality=read(clips, before, after)))
+        _, chunks = switched(pipe, before, after, settings, anew)
+        for number in AFTER:
+            record.rows.append(Row(f"{name}-{number}", quality=read(chunks[number - 1], before, after)))
     return record.finish()
 
 
@@ -67,23 +69,35 @@ def recoloured(scenes: list[world.Scene]) -> list[world.Scene]:
 
 @torch.no_grad()
 def switched(
-    pipe: Any, before: list[world.Scene], after: list[world.Scene], settings: dict[str, Any], anew: bool
-) -> dict[int, np.ndarray]:
-    """Frames uint8 [B, F, H, W, 3] of the chunks after the change, by their number."""
+    pipe: Any, before: list[world.Scene], after: list[world.Scene], settings: dict[str, Any], anew: bool = True
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Chunks uint8 [B, F, H, W, 3] that came out before the change and after it."""
     asked, asked_then = ([world.caption(scene) for scene in scenes] for scenes in (before, after))
     with (
         ChunkRollout(pipe, height=wan.SIZE, width=wan.SIZE, steps=STEPS) as rollout,
         rollout.open(asked, **settings) as session,
     ):
-        for _ in range(BEFORE):
-            session.generate()
+        made = [chunk.frames for _ in range(BEFORE) for chunk in session.generate()]
         session.update(prompts=tuple(asked_then))
         if not anew:
-            session._due = session._said = (
-                False  # the context is computed again on every change of words; here it is not
-            )
-        made = [chunk.frames for _ in range(AFTER[-1]) for chunk in session.generate()]
-    return {number: made[number - 1] for number in AFTER}
+            session._due = session._said = False  # the context is computed again on every change of words; here not
+        return made, [chunk.frames for _ in range(AFTER[-1]) for chunk in session.generate()]
+
+
+def sheet(pipe: Any, videos: int = 8, shown: tuple[int, int] = (2, 5)) -> Image.Image:
+    """Videos around the change, one a line: every other frame of the last chunks before it and of the first after."""
+    scenes = scenes_of(videos)
+    before, after = switched(pipe, scenes, recoloured(scenes), SETTINGS["rolling"][0])
+    halves = [np.concatenate(part, axis=1)[:, ::2] for part in (before[-shown[0] :], after[: shown[1]])]
+    lines = [
+        np.concatenate([np.concatenate(list(half), axis=1) for half in pair], axis=1)
+        for pair in zip(*halves, strict=True)
+    ]
+    made = Image.fromarray(np.concatenate(lines))
+    made = made.resize((2 * made.width, 2 * made.height), Image.Resampling.NEAREST)
+    place = 2 * wan.SIZE * halves[0].shape[1]
+    ImageDraw.Draw(made).line([(place, 0), (place, made.height)], "red", 3)
+    return made
 
 
 def read(clips: np.ndarray, before: list[world.Scene], after: list[world.Scene]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def test_words_that_change_are_seen_within_two_chunks():
     pipe, _ = embedded()
     before = drift.scenes_of(24)
     after = switch.recoloured(before)
-    clips = switch.switched(pipe, before, after, {}, True)[2]
-    found = switch.read(clips, before, after)
+    _, chunks = switch.switched(pipe, before, after, {})
+    found = switch.read(chunks[1], before, after)
     assert found["new_colour"].value > 0.5, found
     assert found["old_colour"].value < 0.15, found
