@@ -52,7 +52,7 @@ def run(full: bool = False, pipe: Any = None, rollouts: int = 0, only: str | Non
     """Runs the benchmark.
 
     Args:
-        full: 128 rollouts of each setting instead of 32.
+        full: 128 rollouts of each setting instead of 16.
         pipe: the pipeline to measure; the embedded one, with its student, where None.
         rollouts: how many; 0 chooses.
         only: one of `SETTINGS`, or `CEILING`.
@@ -64,7 +64,7 @@ def run(full: bool = False, pipe: Any = None, rollouts: int = 0, only: str | Non
     if missing:
         record.rows = [Row(name, note=missing) for name in (*SETTINGS, CEILING)]
         return record.finish()
-    scenes = scenes_of(rollouts or (128 if full else 32))
+    scenes = scenes_of(rollouts or (128 if full else 16))
     for name, settings in SETTINGS.items():
         if only in (None, name):
             record.rows += rows(name, followed(pipe, scenes, MARKS, **settings))
