@@ -63,7 +63,9 @@ def table(record: Record) -> Group:
 
 
 def number(value: float) -> str:
-    """A figure with as many digits as one reads."""
-    if value == 0 or 0.001 <= abs(value) < 1000:
+    """A figure with as many digits as one reads; what float64's rounding leaves of nothing is 0."""
+    if abs(value) < 1e-15:
+        return "0"
+    if 0.001 <= abs(value) < 1000:
         return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
     return f"{value:.1e}" if abs(value) < 0.001 else f"{value:.0f}"

@@ -53,7 +53,8 @@ def test_a_table_has_a_line_for_every_row_and_a_column_for_every_figure() -> Non
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (1, "1"), (0.98765, "0.988"), (12.34, "12.3"), (1e-7, "1.0e-07"), (123456, "123456")]
+    ("value", "text"),
+    [(0, "0"), (1, "1"), (0.98765, "0.988"), (12.34, "12.3"), (1e-7, "1.0e-07"), (123456, "123456"), (-3e-18, "0")],
 )
 def test_numbers_have_the_digits_one_reads(value: float, text: str) -> None:
     assert number(value) == text
