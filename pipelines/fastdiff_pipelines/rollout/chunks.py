@@ -80,7 +80,8 @@ class Flying:
     @property
     def nbytes(self) -> int:
         """Bytes of its latents and of their noise."""
-        return self.x.nbytes + self._first.nbytes + self.noises.nbytes
+        held = [tensor.untyped_storage() for tensor in (self.x, self._first, self.noises)]  # which may share
+        return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
     @property
     def finished(self) -> bool:

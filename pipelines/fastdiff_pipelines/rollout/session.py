@@ -127,7 +127,7 @@ class RolloutSession:
     def finalise(self) -> None:
         """Bring the context up to date after a chunk was taken out. `generate` does it too if nobody else has."""
         self._check_open()
-        with self._running():
+        with self._running(), self._or_anew():
             self._tidy()
 
     def update(self, **changes: Any) -> None:

@@ -172,3 +172,21 @@ def test_the_first_chunk_of_new_words_is_what_the_decoder_remembers(times: int) 
                 expected = codec.decode(latents)
             assert expected is not None
             assert torch.equal(chunk.pixels, expected.float().mul(0.5).add(0.5).clamp(0, 1))
+
+
+def test_what_fails_while_chunks_begin_again_leaves_nothing_half_done() -> None:
+    with rollout(steps=3) as model:
+        session = model.open("x")
+        session.generate()
+        session.generate()
+        session.update(prompt="another thing")
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        handle = model.pipe.transformer.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            session.finalise()
+        handle.remove()
+        assert session.in_flight == 0 and session.restarts == 1
+        assert [len(session.generate()) for _ in range(3)] == [0, 0, 1]
