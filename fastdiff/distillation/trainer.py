@@ -24,6 +24,7 @@ from fastdiff.anatomy import anatomy
 from fastdiff.distillation import sheet, students
 from fastdiff.distillation.adapters import Adapters, Guided
 from fastdiff.distillation.diffusers_networks import as_network, averaged, encoder, student_of
+from fastdiff.distillation.folded import folded, folds
 from fastdiff.distillation.networks import Batch, Levels, Network, Networks
 from fastdiff.distillation.objective import Objective
 from fastdiff.miniature.source import WorldSource
@@ -149,17 +150,16 @@ class _Run:
         self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=device.type == "cpu")
         self.device = device
         levels = Levels.of(pipe.scheduler)
+        denoiser = folded(parts.denoiser) if folds(pipe) else parts.denoiser
         self.student: nn.Module
         if student is not None:
-            self.student = copy.deepcopy(student).requires_grad_(True).train()
+            self.student = (folded(student) if folds(pipe) else copy.deepcopy(student)).requires_grad_(True).train()
         elif settings.adapter:
-            own = copy.deepcopy(parts.denoiser)
+            own = copy.deepcopy(denoiser)
             self.student = Guided(own, Adapters.of(own, settings.adapter, seed=settings.seed)).to(device)
         else:
-            self.student = student_of(parts.denoiser, settings.rank, settings.seed, start).train()
-        taught: Any = (
-            parts.denoiser if teacher is None else student_of(parts.denoiser, settings.rank, 0, teacher).eval()
-        )
+            self.student = student_of(denoiser, settings.rank, settings.seed, start).train()
+        taught: Any = denoiser if teacher is None else student_of(denoiser, settings.rank, 0, teacher).eval()
         self.trained = {name: value for name, value in self.student.named_parameters() if value.requires_grad}
         self.average = {name: value.detach().clone() for name, value in self.trained.items()}
         self.networks = Networks(

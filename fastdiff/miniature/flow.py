@@ -9,7 +9,6 @@ looks at a less noisy state from which the noisier one was drawn, whose mean is 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +18,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from fastdiff.distillation.folded import ZEROS, FoldedAttention
+
 from . import models
 
 WIDTH = 192
-ZEROS = 256  # text tokens of zeros that the pipeline appends where there is no T5
 _NOISY_SHARE = 0.5  # of each batch: sigmas from the noisiest quarter, where places are decided
 
 
@@ -141,41 +141,6 @@ def sigmas(batch: int, generator: torch.Generator) -> Tensor:
     return torch.cat([spread(noisy, 0.75), spread(batch - noisy, 0.0)])
 
 
-class Float32JointAttention:
-    """Joint attention with projections in the module's dtype and the attention in float32; no masks.
-
-    The last text token stands for ``last`` tokens that are all alike, with the logarithm of their number added to its
-    score: where there is no T5 the pipeline appends 256 tokens of zeros, and they stay alike through all blocks.
-    """
-
-    def __init__(self, last: int = 1) -> None:
-        self.bias = math.log(last)
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: Any
-    ) -> Any:
-        """``[B, N, C]`` and ``[B, S, C]`` to the same."""
-        assert encoder_hidden_states is not None
-
-        def heads(x: Tensor, norm: Any) -> Tensor:
-            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            return (x if norm is None else norm(x)).float()
-
-        count = hidden_states.shape[1]
-        query = [heads(attn.to_q(hidden_states), attn.norm_q)]
-        key = [heads(attn.to_k(hidden_states), attn.norm_k)]
-        value = [heads(attn.to_v(hidden_states), None)]
-        query.append(heads(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q))
-        key.append(heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k))
-        value.append(heads(attn.add_v_proj(encoder_hidden_states), None))
-        q, k, v = (torch.cat(part, 2) for part in (query, key, value))
-        bias = functional.pad(q.new_full((1, 1, 1, 1), self.bias), (k.shape[2] - 1, 0))
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        mixed = mixed.transpose(1, 2).flatten(2).to(hidden_states.dtype)
-        out = attn.to_out[0](mixed[:, :count])
-        return out, None if attn.context_pre_only else attn.to_add_out(mixed[:, count:])
-
-
 def mini_dit(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     """Mean squared error to the teacher's velocity, sigmas stratified over the batch."""
     from . import weights
@@ -189,7 +154,7 @@ def mini_dit(run: Any) -> tuple[nn.Module, Callable[[int, int, int], Tensor]]:
     pipe: Any = pipeline(weights.load_autoencoder(), taught["text_encoder"], module)
     pipe.to(run.device)
     tokenize = models.tokenizer.build()
-    network = Replica(module, Float32JointAttention(ZEROS)) if run.device == "cpu" else module
+    network = Replica(module, FoldedAttention(ZEROS, torch.float32)) if run.device == "cpu" else module
     pools: dict[int, Pool] = {}
 
     def loss(step: int, rank: int, batch: int) -> Tensor:

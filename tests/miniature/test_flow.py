@@ -87,20 +87,6 @@ def test_the_pipeline_reads_what_the_text_encoder_of_mini_sd_learned():
     torch.testing.assert_close(told, torch.cat([layers[2], layers[1]], dim=-1))
 
 
-def test_one_token_stands_for_the_zeros_that_the_pipeline_appends():
-    torch.manual_seed(0)
-    plain, short = (flow.transformer().eval() for _ in range(2))
-    short.load_state_dict(plain.state_dict())
-    short.set_attn_processor(flow.Float32JointAttention(flow.ZEROS))
-    x, width = torch.randn(2, 4, 16, 16), 2 * models.TEXT_WIDTH
-    text = torch.cat([torch.randn(2, 24, width), torch.zeros(2, flow.ZEROS, width)], dim=1)
-    rest: Any = {"timestep": torch.tensor([300.0, 900.0]), "pooled_projections": torch.randn(2, width)}
-    with torch.no_grad():
-        expected = plain(x, encoder_hidden_states=text, **rest).sample
-        made = short(x, encoder_hidden_states=text[:, :25], **rest).sample
-    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_a_step_of_training_reaches_every_block_and_comes_back_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(losses, "_POOL", 8)
     run = train.Run("mini-dit", images=40, batch=4, processes=1, folder=tmp_path)
