@@ -62,7 +62,7 @@ def distill(
 
     try:
         chosen = Settings(**settings)
-        objective = _objective(task)
+        objective = _objective(task, pipe.scheduler)
         source = _source(pipe, lines, output, pictures, task.scale)
         columns = (TextColumn("distill"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=err) as bar:
@@ -97,26 +97,25 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _objective(task: Task) -> "Objective":
+def _objective(task: Task, scheduler: Any) -> "Objective":
     from fastdiff.distillation.adapters import AdaptedGuidance
     from fastdiff.distillation.compression import Compression
     from fastdiff.distillation.consistency import LatentConsistency, SubPathLinear, TrajectoryConsistency
     from fastdiff.distillation.continuous import ContinuousConsistency
     from fastdiff.distillation.matching import DistributionMatching, MomentMatching
-    from fastdiff.distillation.objective import grid_levels
-    from fastdiff.distillation.phased import Phased
+    from fastdiff.distillation.phased import Phased, equal_edges
     from fastdiff.distillation.teacherless import ConsistencyTraining
 
-    edges = grid_levels(1000, task.nfe).tolist()
+    edges = equal_edges(scheduler, task.nfe)
     scales = (task.scale, task.scale)
     makers: dict[str, Callable[[], Objective]] = {
-        "phased": lambda: Phased(edges=tuple(edges), scale=task.scale),
+        "phased": lambda: Phased(edges=edges, scale=task.scale),
         "lcm": lambda: LatentConsistency(scales),
         "tcd": lambda: TrajectoryConsistency(scales),
         "splam": lambda: SubPathLinear(scales),
         "scm": lambda: ContinuousConsistency(scales),
-        "dmd": lambda: DistributionMatching(tuple(edges[:0:-1]), task.scale),
-        "mmd": lambda: MomentMatching(tuple(edges[:0:-1])),
+        "dmd": lambda: DistributionMatching(edges[:0:-1], task.scale),
+        "mmd": lambda: MomentMatching(edges[:0:-1]),
         "ict": lambda: ConsistencyTraining(),
         "agd": lambda: AdaptedGuidance((1.0, max(1.0, 1.6 * task.scale))),
         "koala": lambda: Compression(scale=1.0),

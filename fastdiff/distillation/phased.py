@@ -5,13 +5,29 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastdiff.distillation.networks import Batch, Networks, guided
-from fastdiff.distillation.objective import Objective
+from fastdiff.distillation.objective import Objective, grid_levels
+from fastdiff.sampling import algebra, schedule
+
+
+def equal_edges(scheduler: Any, phases: int) -> tuple[int, ...]:
+    """Edges of ``phases`` equal phases, in steps of the scheduler: a flow's shift makes the noisy ones short.
+
+    Args:
+        scheduler: a diffusers scheduler; one that shifts by resolution counts as not shifted.
+    """
+    config = schedule.config_of(scheduler)
+    count = config["num_train_timesteps"]
+    if not schedule.is_flow(scheduler) or config.get("use_dynamic_shifting"):
+        return tuple(grid_levels(count, phases).tolist())
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    return tuple(round(count * algebra.shift_sigma(place / phases, shift)) for place in range(phases + 1))
 
 
 @dataclass(frozen=True)

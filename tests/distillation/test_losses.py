@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from fastdiff.distillation.consistency import LatentConsistency, TrajectoryConsistency, boundary, consistent, leap
 from fastdiff.distillation.networks import Batch, Levels, Networks, ddim, guided
-from fastdiff.distillation.phased import Phased, solve
+from fastdiff.distillation.phased import Phased, equal_edges, solve
 
 MEAN, DEVIATION = 0.3, 0.6
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -158,6 +159,15 @@ def test_a_phase_may_have_several_entries():
     assert 450 < int(starts.eq(500).sum()) < 550
     mixed, _ = Phased(edges=(0, 500, 1000), also=(250,), at_edge=1.0).starts(batch(1000))
     assert {250, 500, 1000} == set(mixed.tolist())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_phases_of_a_flow_are_its_own_steps(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    ends = [round(1000 * float(sigma)) for sigma in scheduler.sigmas]
+    assert list(equal_edges(scheduler, 4)) == ends[::-1]
+    assert equal_edges(DDIMScheduler(), 4) == (0, 250, 500, 750, 1000)
 
 
 def test_phased_starts_where_it_is_told():
