@@ -5,6 +5,7 @@ Rows for `mini-sd`, and the same ending in `-dit` for `mini-dit`:
     teacher-4: the same with 4 steps, which is what a student has to beat.
     student-4, student-2, student-1: the shipped students, one call of the denoiser a step.
     agd-25: 25 steps with the guidance adapter: guidance in one row of the batch.
+    folded-25-dit: teacher-25-dit with `FoldedText`, the same pictures by exact arithmetic; only this model has it.
     renders: other renders of the same captions; its `mmd2` is the floor of that column.
     stream, stream-4, stream-1: a moving clip; see `benchmarks.students`.
 
@@ -16,7 +17,7 @@ and unconditional rows. Contenders take turns batch by batch. Intervals are 95 %
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 import fastdiff
 from benchmarks.record import Record, Row, could_not_run
 from benchmarks.students import stream_rows
+from fastdiff.attention.folded import FoldedText
 from fastdiff.distillation.adapters import GuidanceAdapter
 from fastdiff.distillation.few_step import FewStep
 from fastdiff.load import LoadError
@@ -61,7 +63,7 @@ def contenders(model: str) -> list[Contender]:
     ending = {"mini-sd": "", "mini-dit": "-dit"}[model]
     guided = {"guidance_scale": GUIDANCE}
     few = {steps: "four-step" if steps == 4 else "one-step" for steps in (4, 2, 1)}
-    return [
+    found = [
         Contender(f"teacher-25{ending}", {"num_inference_steps": STEPS, **guided}, 2 * STEPS),
         Contender(f"teacher-4{ending}", {"num_inference_steps": 4, **guided}, 8),
         *(
@@ -70,6 +72,9 @@ def contenders(model: str) -> list[Contender]:
         ),
         Contender(f"agd-25{ending}", {"num_inference_steps": STEPS, **guided}, STEPS, GuidanceAdapter()),
     ]
+    if ending:
+        found.append(replace(found[0], name=f"folded-25{ending}", member=FoldedText()))
+    return found
 
 
 def run(

@@ -19,6 +19,7 @@ MEMBERS = {
     "W8A8": "fastdiff.quantization.w8a8",
     "StoredWeights": "fastdiff.quantization.stored",
     "LayerPrecision": "fastdiff.quantization.layer_precision",
+    "FoldedText": "fastdiff.attention.folded",
     "SparseAttention": "fastdiff.attention.sparse",
     "SparseLinear": "fastdiff.attention.linear",
     "TokenOrder": "fastdiff.attention.order",

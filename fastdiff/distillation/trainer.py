@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fastdiff.acceleration import check_number
 from fastdiff.anatomy import anatomy
+from fastdiff.attention.folded import FoldedText, folded
 from fastdiff.distillation import sheet, students
 from fastdiff.distillation.adapters import Adapters, Guided
 from fastdiff.distillation.diffusers_networks import as_network, averaged, encoder, student_of
-from fastdiff.distillation.folded import folded, folds
 from fastdiff.distillation.networks import Batch, Levels, Network, Networks
 from fastdiff.distillation.objective import Objective
 from fastdiff.miniature.source import WorldSource
@@ -150,10 +150,11 @@ class _Run:
         self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=device.type == "cpu")
         self.device = device
         levels = Levels.of(pipe.scheduler)
-        denoiser = folded(parts.denoiser) if folds(pipe) else parts.denoiser
+        folds = FoldedText().supports(pipe)
+        denoiser = folded(parts.denoiser) if folds else parts.denoiser
         self.student: nn.Module
         if student is not None:
-            self.student = (folded(student) if folds(pipe) else copy.deepcopy(student)).requires_grad_(True).train()
+            self.student = (folded(student) if folds else copy.deepcopy(student)).requires_grad_(True).train()
         elif settings.adapter:
             own = copy.deepcopy(denoiser)
             self.student = Guided(own, Adapters.of(own, settings.adapter, seed=settings.seed)).to(device)

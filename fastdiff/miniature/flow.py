@@ -18,7 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from fastdiff.distillation.folded import ZEROS, FoldedAttention
+from fastdiff.attention.folded import ZEROS, FoldedAttention
 
 from . import models
 

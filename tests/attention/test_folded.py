@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.distillation.folded import ZEROS, FoldedAttention, folded, folds
+import fastdiff
+from fastdiff.attention.folded import ZEROS, FoldedAttention, FoldedText, alike, folded
 from fastdiff.miniature import flow, models, weights
 
 WIDTH = 2 * models.TEXT_WIDTH
@@ -34,7 +35,7 @@ def transformer():
 def test_one_token_stands_for_the_zeros(transformer, words):
     given = call(words)
     expected = transformer(**given).sample
-    short = folded(transformer)
+    short: Any = folded(transformer)
     lengths = []
     short.transformer_blocks[0].register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
@@ -68,18 +69,71 @@ def test_gradients_are_those_of_the_whole_prompt(transformer):
             torch.testing.assert_close(made["folded"][key], expected, rtol=1e-8, atol=1e-14, msg=key)
 
 
-def test_a_prompt_that_does_not_end_in_zeros_is_refused(transformer):
+def test_a_prompt_that_does_not_end_in_zeros_is_left_as_it_is(transformer):
     given = call(24) | {"encoder_hidden_states": torch.ones(2, 24 + ZEROS, WIDTH, dtype=torch.float64)}
-    with pytest.raises(ValueError, match="must be zeros"):
-        folded(transformer)(**given)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(transformer)(**given).sample, transformer(**given).sample)
 
 
-def test_only_pipelines_without_t5_fold(transformer):
+def test_tokens_are_alike_where_all_rows_end_in_zeros():
+    text = torch.zeros(2, 9, 4)
+    assert alike(text) == 9
+    text[0, 2, 1] = 1.0
+    assert alike(text) == 6
+    text[1, 7, 3] = -1.0
+    assert alike(text) == 1
+    text[1, 8, 0] = 1e-30
+    assert alike(text) == 0
+
+
+@pytest.fixture
+def pipe() -> Any:
+    torch.manual_seed(1)
     parts = weights.load_parts()
-    pipe: Any = flow.pipeline(weights.load_autoencoder(), parts["text_encoder"], flow.transformer())
-    assert folds(pipe)
+    made: Any = flow.pipeline(weights.load_autoencoder(), parts["text_encoder"], flow.transformer())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def draw(pipe: Any, **more: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(generator=generator, num_inference_steps=3, output_type="latent", **more).images
+
+
+def test_a_pipeline_draws_the_same_with_a_fraction_of_the_tokens(pipe):
+    words = {"prompt": ["a red circle", "a big blue ring"], "guidance_scale": 4.0}
+    expected = draw(pipe, **words)
+    lengths = []
+    kept = list(pipe.transformer.attn_processors.values())
+    with fastdiff.accelerate(pipe, FoldedText(), strict=True) as handle:
+        first = pipe.transformer.transformer_blocks[0]
+        hook = first.register_forward_pre_hook(
+            lambda _, args, kwargs: lengths.append(kwargs["encoder_hidden_states"].shape[:2]), with_kwargs=True
+        )
+        made = draw(pipe, **words)
+        hook.remove()
+        assert handle.report().rows[0].accelerated == 3
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    assert lengths == [(4, 25)] * 3
+    assert list(pipe.transformer.attn_processors.values()) == kept
+    torch.testing.assert_close(draw(pipe, **words), expected, rtol=0, atol=0)
+
+
+def test_own_embeddings_without_zeros_are_left_as_they_are_and_it_says_so(pipe):
+    own = {"prompt_embeds": torch.randn(1, 30, WIDTH), "pooled_prompt_embeds": torch.randn(1, WIDTH)}
+    expected = draw(pipe, **own, guidance_scale=1.0)
+    with fastdiff.accelerate(pipe, FoldedText()) as handle:
+        torch.testing.assert_close(draw(pipe, **own, guidance_scale=1.0), expected, rtol=1e-4, atol=1e-4)
+        row = handle.report().rows[0]
+        assert row.accelerated == 0
+        assert row.misses
+
+
+def test_only_pipelines_without_t5_and_with_the_usual_processors_fold(pipe):
+    assert FoldedText().supports(pipe)
     pipe.text_encoder_3 = object()
-    assert not folds(pipe)
+    assert "text_encoder_3=None" in FoldedText().supports(pipe).reason
     pipe.text_encoder_3 = None
     pipe.transformer.set_attn_processor(FoldedAttention())
-    assert not folds(pipe), "another processor has been put in: its tokens stay as they are"
+    assert not FoldedText().supports(pipe), "another processor has been put in: its tokens stay as they are"
+    assert not FoldedText().supports(fastdiff.load())
