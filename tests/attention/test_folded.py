@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 
 import fastdiff
 from fastdiff.attention.folded import ZEROS, FoldedAttention, FoldedText, alike, folded
@@ -43,6 +44,17 @@ def test_one_token_stands_for_the_zeros(transformer, words):
     torch.testing.assert_close(short(**given).sample, expected, rtol=1e-10, atol=1e-12)
     assert lengths == [words + 1]
     assert not any(isinstance(one, FoldedAttention) for one in transformer.attn_processors.values()), "a copy folds"
+
+
+@torch.no_grad()
+def test_blocks_that_attend_to_the_picture_a_second_time_fold_too():
+    """Stable Diffusion 3.5 medium has them; their second attention knows no text."""
+    torch.manual_seed(0)
+    kind: Any = SD3Transformer2DModel
+    sizes = {"in_channels": 4, "out_channels": 4, "num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 4}
+    widths = {"joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "caption_projection_dim": 32}
+    made = kind(sample_size=16, pos_embed_max_size=32, dual_attention_layers=(0, 1), **sizes, **widths).double().eval()
+    torch.testing.assert_close(folded(made)(**call(7)).sample, made(**call(7)).sample, rtol=1e-10, atol=1e-12)
 
 
 @torch.no_grad()
