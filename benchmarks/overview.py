@@ -59,7 +59,14 @@ LINES = (
     Line("`FewStep`: a student in 4 calls for 50", "fewstep", "student-4", _attributes, "teacher-4"),
     Line("`FewStep`: a student in 1 call", "fewstep", "student-1", _attributes),
     Line("`GuidanceAdapter`: guidance in one row", "fewstep", "agd-25", _attributes),
-    Line("`FoldedText`: Stable Diffusion 3 without T5, the embedded one", "fewstep", "folded-25-dit", _attributes),
+    Line(
+        "`FoldedText`: the embedded Stable Diffusion 3 without T5",
+        "fewstep",
+        "teacher-25-dit",
+        EXACT,
+        priced="unfolded-25-dit",
+        base="unfolded-25-dit",
+    ),
     Line(
         "`SparseAttention`, 75 % left out, 4,096 tokens, against SDPA",
         "attention",

@@ -72,7 +72,15 @@ def _section(name: str) -> str:
         "miniature": (*ATTRIBUTES, *(f"{name}_absolute" for name in ATTRIBUTES)),
         "gpu": ("fps", "tflop_per_frame", "bf16_roofline"),
         "attention": ("psnr", "over_plain", "relative_l1", "layer_l1", "attribute", "density"),
-        "fewstep": ("nfe", "attribute", "attribute_difference", "attribute_to_control", "mmd2", "diversity"),
+        "fewstep": (
+            "nfe",
+            "attribute",
+            "attribute_difference",
+            "attribute_to_control",
+            "mmd2",
+            "diversity",
+            "max_abs_difference",
+        ),
         "cache": ("nfe", "psnr", "psnr_p10", "planned_ahead", "ssim", "attribute_drop"),
         "tune": (
             "nfe",
