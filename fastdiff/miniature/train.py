@@ -2,7 +2,7 @@
 
     python -m fastdiff.miniature.train autoencoder --images 300000
     python -m fastdiff.miniature.train mini-sd --images 600000
-    python -m fastdiff.miniature.train mini-dit --images 600000
+    python -m fastdiff.miniature.train mini-dit --images 184000
 
 Progress lives in an ignored folder and a killed run goes on where it stood: all data and noise are drawn from (seed,
 step), so the resumed run computes what the uninterrupted one would have. Without that folder it starts from the shipped

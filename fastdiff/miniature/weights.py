@@ -22,7 +22,7 @@ def path(name: str = "mini-sd") -> Path:
     folder = FOLDER / name
     if not (folder / "model_index.json").exists():
         known = sorted(p.parent.name for p in FOLDER.glob("*/model_index.json"))
-        runs = {"mini-wan": "mini-wan --images 205000", "mini-dit": "mini-dit --images 300000"}
+        runs = {"mini-wan": "mini-wan --images 205000", "mini-dit": "mini-dit --images 184000"}
         run = runs.get(name, "autoencoder --images 300000`, then `mini-sd")
         raise FileNotFoundError(
             f"no embedded model {name!r} (there are: {', '.join(known) or 'none'}); train it with "
