@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,14 @@ def levels_of(objective: Objective) -> dict[str, list[int]]:
     return {str(count): places[:count] for count in range(1, len(places) + 1)}
 
 
-def write(folder: Path, student: nn.Module, teacher: Any, objective: Objective, settings: Any) -> None:
-    """Write a trained student (a LoRA file, adapters, or a denoiser's folder), ``student.json`` and a card."""
+def write(
+    folder: Path, student: nn.Module, teacher: Any, objective: Objective, settings: Any, lineage: Sequence[str] = ()
+) -> None:
+    """Write a trained student (a LoRA file, adapters, or a denoiser's folder), ``student.json`` and a card.
+
+    Args:
+        lineage: what the card says of the students that this one began as or learned from, a sentence each.
+    """
     part: Any = student
     denoiser = anatomy(teacher).denoiser
     name = next(key for key, value in teacher.components.items() if value is denoiser)
@@ -65,6 +71,7 @@ def write(folder: Path, student: nn.Module, teacher: Any, objective: Objective, 
     how = "Sample it as `student.json` says: guidance is in the weights, so the scale is 1 and a step is one call."
     if isinstance(student, adapters.Guided):
         how = "Adapters for `fastdiff.distillation.adapters.GuidanceAdapter`, over the denoiser as it is."
+    how = " ".join([*lineage, how])
     text = CARD.format(teacher=type(teacher).__name__, objective=objective, settings=settings, how=how)
     (folder / "README.md").write_text(text)
 

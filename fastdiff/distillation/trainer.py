@@ -123,7 +123,9 @@ def distil(
             run.save(step + 1)
     if run.accelerator.is_main_process:
         run.student_with_average()
-        students.write(folder, run.student, pipe, objective, settings)
+        lineage = [f"It began as the student {start.name}."] if start else []
+        lineage += [f"It learned from the student {teacher.name}."] if teacher else []
+        students.write(folder, run.student, pipe, objective, settings, lineage)
     run.accelerator.wait_for_everyone()
     return folder
 

@@ -180,11 +180,12 @@ def test_a_student_is_drawn_with_as_it_was_trained(name: str, channels: int, tmp
     torch.testing.assert_close(_draw(plain, guidance_scale=1.0, **given), ours, rtol=0, atol=2e-3)
 
 
-def test_the_embedded_students_draw_what_is_asked():
+@pytest.mark.parametrize("model", ["mini-sd", "mini-dit"])
+def test_the_embedded_students_draw_what_is_asked(model: str):
     """The shipped four-step student gets the colour and place of a few captions right, at an eighth of the calls."""
     from fastdiff.miniature import detector
 
-    pipe = fastdiff.load()
+    pipe = fastdiff.load(model)
     pipe.set_progress_bar_config(disable=True)
     words = [
         "a big red circle on the left on a plain white background",

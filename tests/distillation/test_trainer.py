@@ -104,6 +104,8 @@ def test_a_student_begins_with_another_and_learns_from_it(tmp_path: Path):
 
     run("both", start=first, teacher=first)
     run("teacher", teacher=first)
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "It began as the student first. It learned from the student first." in card
     assert losses["both"] < 1e-5 < 1e-3 < losses["teacher"]
     with pytest.raises(ValueError, match="gone on from"):
         distil(pipe, Phased(), Noise(), replace(SETTINGS, rank=3), tmp_path / "other", start=first)
