@@ -23,7 +23,7 @@ from fastdiff.acceleration import check_number
 from fastdiff.anatomy import anatomy
 from fastdiff.attention.folded import FoldedText, folded
 from fastdiff.distillation import sheet, students
-from fastdiff.distillation.adapters import Adapters, Guided
+from fastdiff.distillation.adapters import Adapters, Guided, read
 from fastdiff.distillation.diffusers_networks import as_network, averaged, encoder, student_of
 from fastdiff.distillation.networks import Batch, Levels, Network, Networks
 from fastdiff.distillation.objective import Objective
@@ -103,12 +103,12 @@ def distil(
         pipe: the teacher, unchanged by this.
         folder: also holds the checkpoint; a run with other settings or another objective is refused there.
         on_step: called on the first process with the number of the step done and its loss.
-        start: a student of ``pipe`` of the same rank, whose LoRA this one begins with.
+        start: a student of ``pipe`` of the same rank, whose LoRA or adapters this one begins with.
         teacher: a student of ``pipe`` of the same rank, to learn from in its place.
         student: a denoiser to train as a whole, such as `compression.prune` makes, in the place of a copy or LoRA.
 
     Raises:
-        ValueError: the folder holds another run's checkpoint.
+        ValueError: the folder holds another run's checkpoint, or ``start`` a student of another shape.
         RuntimeError: the loss is not finite; the last checkpoint is kept.
     """
     run = _Run(pipe, objective, source, settings, folder, start, teacher, student)
@@ -159,7 +159,7 @@ class _Run:
             self.student = (folded(student) if folds else copy.deepcopy(student)).requires_grad_(True).train()
         elif settings.adapter:
             own = copy.deepcopy(denoiser)
-            self.student = Guided(own, Adapters.of(own, settings.adapter, seed=settings.seed)).to(device)
+            self.student = Guided(own, _adapters(own, settings, start)).to(device)
         else:
             self.student = student_of(denoiser, settings.rank, settings.seed, start).train()
         taught: Any = denoiser if teacher is None else student_of(denoiser, settings.rank, 0, teacher).eval()
@@ -288,6 +288,18 @@ class _Run:
         for name, value in self.trained.items():
             value.copy_(self.average[name])
         return self.student
+
+
+def _adapters(denoiser: nn.Module, settings: Settings, start: Path | None) -> Adapters:
+    """New adapters, or those of another student, to train further."""
+    made = Adapters.of(denoiser, settings.adapter, seed=settings.seed)
+    if start is None:
+        return made
+    kept = read(start)
+    if kept.config != made.config:
+        raise ValueError(f"{start} cannot be gone on from: its adapters are {kept.config}, not {made.config}")
+    made.load_state_dict(kept.state_dict())
+    return made
 
 
 def _adam(parameters: Any, settings: Settings) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdiff
-from fastdiff.distillation.adapters import AdaptedGuidance, Adapters, GuidanceAdapter, Guided, adapted
+from fastdiff.distillation.adapters import AdaptedGuidance, Adapters, GuidanceAdapter, Guided, adapted, read
 from fastdiff.distillation.compression import Compression, prune, self_attentions
 from fastdiff.distillation.diffusers_networks import as_network
 from fastdiff.distillation.few_step import FewStep
@@ -93,6 +93,16 @@ def test_the_loss_at_scale_one_begins_at_nothing():
     one = Batch(latents, words, {name: torch.zeros_like(value) for name, value in words.items()}, generator)
     assert AdaptedGuidance(scales=(1.0, 1.0)).loss(nets, one, nn.ModuleDict()) < 1e-10
     assert AdaptedGuidance(scales=(5.0, 5.0)).loss(nets, one, nn.ModuleDict()) > 1e-6
+
+
+def test_adapters_begin_with_another_students(trained: dict[str, Path], tmp_path: Path):
+    still = replace(SETTINGS, rank=0, adapter=12, learning_rate=0.0)
+    again = distil(_pipe("sd"), AdaptedGuidance(), Noise(), still, tmp_path / "again", start=trained["sd"])
+    before, after = (read(folder).state_dict() for folder in (trained["sd"], again))
+    assert any(value.abs().max() > 0 for name, value in before.items() if "out" in name)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    with pytest.raises(ValueError, match="gone on from"):
+        distil(_pipe("sd"), AdaptedGuidance(), Noise(), replace(still, adapter=6), tmp_path / "b", start=trained["sd"])
 
 
 def test_adapters_are_a_small_part_of_the_embedded_model():
