@@ -45,7 +45,7 @@ def sample(
 def places_of(objective: Objective, known: dict[str, list[int]], levels: Levels) -> tuple[list[int], bool]:
     """Where a student of this objective is called for a sheet, and whether it goes from place to place by DDIM."""
     if known:
-        return known[max(known, key=int)], not getattr(objective, "also", ())
+        return known[max(known, key=int)], not getattr(objective, "also", True)
     own: Any = getattr(objective, "steps", ())
     steps: list[int] = [] if isinstance(own, int) else list(own)
     few = type(objective).__name__ not in ("AdaptedGuidance", "Compression")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from fastdiff.anatomy import anatomy
 from fastdiff.distillation import adapters, shelf
+from fastdiff.distillation.continuous import ContinuousConsistency
 from fastdiff.distillation.diffusers_networks import LORA_FILE
+from fastdiff.distillation.networks import Levels
 from fastdiff.distillation.objective import Objective
 from fastdiff.distillation.phased import Phased
 from fastdiff.sampling import schedule
@@ -28,8 +31,15 @@ Distilled with `{objective}` and `{settings}`. {how}
 """
 
 
-def levels_of(objective: Objective) -> dict[str, list[int]]:
-    """The levels a student was trained to be called at, noisy to clean, for each number of steps."""
+SECOND_ANGLE = 1.3
+"""TrigFlow's angle of the second of two steps, as SANA-Sprint samples (https://arxiv.org/abs/2503.09641)."""
+
+
+def levels_of(objective: Objective, levels: Levels) -> dict[str, list[int]]:
+    """The levels a student is called at, noisy to clean, for each number of steps it takes; empty where any will do."""
+    if isinstance(objective, ContinuousConsistency):
+        second = round(float(levels.level_of(torch.tensor([math.tan(SECOND_ANGLE)]))))
+        return {"1": [levels.last], "2": [levels.last, second]}
     if not isinstance(objective, Phased):
         return {}
     if not objective.also:
@@ -65,7 +75,8 @@ def write(
     hops = isinstance(objective, Phased) and not objective.also
     sampling: dict[str, Any] = {"teacher": shelf.fingerprint(denoiser)}
     if not isinstance(student, adapters.Guided):
-        sampling |= {"sampler": "phased" if hops else "consistency", "levels": levels_of(objective)}
+        levels = levels_of(objective, Levels.of(teacher.scheduler))
+        sampling |= {"sampler": "phased" if hops else "consistency", "levels": levels}
         sampling["guidance_scale"] = 1.0
     (folder / "student.json").write_text(json.dumps(sampling, indent=2) + "\n")
     how = "Sample it as `student.json` says: guidance is in the weights, so the scale is 1 and a step is one call."
@@ -140,7 +151,9 @@ def steps_of(folder: Path, config: Any, steps: int | None, takes: Container[str]
     """
     known = sampling_of(folder)["levels"]
     if not known:
-        return {"num_inference_steps": steps or 4}
+        count = steps or 4
+        even = {"sigmas": [1 - place / count for place in range(count)]}  # a flow's own two steps end next to 0
+        return {"num_inference_steps": count} | (even if schedule.is_flow(config) else {})
     wanted = max(known, key=int) if steps is None else str(steps)
     if wanted not in known:
         raise ValueError(f"this student takes {' or '.join(sorted(known, key=int))} steps, not {steps}")

@@ -261,9 +261,10 @@ class _Run:
         if isinstance(self.student, Guided):
             condition["guidance_scale"] = torch.full((len(self.captions),), 5.0, device=self.device)
         noise = torch.randn((len(self.captions), *self.shape), generator=torch.Generator().manual_seed(0))
-        places, hops = sheet.places_of(self.objective, students.levels_of(self.objective), self.networks.levels)
+        levels = self.networks.levels
+        places, hops = sheet.places_of(self.objective, students.levels_of(self.objective, levels), levels)
         network = self.networks.average
-        made = sheet.sample(network, self.networks.levels, places, hops, noise.to(self.device), condition)
+        made = sheet.sample(network, levels, places, hops, noise.to(self.device), condition)
         sheet.draw(self.folder / "samples.png", self.pipe, made)
 
     @torch.no_grad()

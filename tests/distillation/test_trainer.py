@@ -1,5 +1,6 @@
 """The trainer on an untrained miniature: resumes bit for bit, leaves the teacher alone, diffusers loads the rest."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from fastdiff.acceleration import Unsupported
 from fastdiff.distillation.consistency import LatentConsistency
+from fastdiff.distillation.continuous import ContinuousConsistency
 from fastdiff.distillation.diffusers_networks import student_of
+from fastdiff.distillation.networks import Levels
 from fastdiff.distillation.objective import Objective
 from fastdiff.distillation.phased import Phased
-from fastdiff.distillation.students import sampling_of, scheduler_of, steps_of
+from fastdiff.distillation.students import levels_of, sampling_of, scheduler_of, steps_of
 from fastdiff.distillation.trainer import Clock, Settings, distil
 from fastdiff.miniature import untrained
 from fastdiff.miniature.families import family
@@ -144,3 +147,16 @@ def test_the_clock_says_how_far_it_is():
     clock(0, 1.0)
     clock(1, 0.5)
     assert len(lines) == 1 and lines[0].startswith("step 2 of 2, loss 0.99")
+
+
+def test_where_students_are_called(tmp_path: Path):
+    """sCM takes SANA-Sprint's two angles; what takes any number of steps takes even ones, on a flow too."""
+    flow = Levels.of({"num_train_timesteps": 1000, "prediction_type": "flow_prediction", "shift": 3.0})
+    (first,), two = levels_of(ContinuousConsistency(), flow).values()
+    assert (first, two[0]) == (1000, 1000)
+    assert two[1] / 1000 == pytest.approx(math.tan(1.3) / (1 + math.tan(1.3)), abs=1e-3)
+    assert levels_of(LatentConsistency(), flow) == {}
+    (tmp_path / "student.json").write_text('{"levels": {}, "sampler": "consistency"}')
+    config = {"prediction_type": "flow_prediction", "shift": 3.0}
+    assert steps_of(tmp_path, config, 2, ()) == {"num_inference_steps": 2, "sigmas": [1.0, 0.5]}
+    assert steps_of(tmp_path, {"prediction_type": "epsilon"}, 2, ()) == {"num_inference_steps": 2}
