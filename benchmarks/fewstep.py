@@ -4,6 +4,7 @@ Rows for `mini-sd`, and the same ending in `-dit` for `mini-dit`:
     teacher-25: 25 steps under guidance, the pipeline as it ships.
     teacher-4: the same with 4 steps, which is what a student has to beat.
     student-4, student-2, student-1: the shipped students, one call of the denoiser a step.
+    scm-2, scm-1: of `mini-dit` alone, the student distilled by continuous-time consistency.
     agd-25: 25 steps with the guidance adapter: guidance in one row of the batch.
     unfolded-25-dit: teacher-25-dit on a batch of captions as diffusers alone draws it. All other rows of `mini-dit`
         have `FoldedText`, which is exact: `max_abs_difference` is between their latents.
@@ -65,13 +66,15 @@ def contenders(model: str) -> list[Contender]:
     ending = {"mini-sd": "", "mini-dit": "-dit"}[model]
     guided = {"guidance_scale": GUIDANCE}
     exact = (FoldedText(),) if model == "mini-dit" else ()
-    few = {steps: "four-step" if steps == 4 else "one-step" for steps in (4, 2, 1)}
+    few = {f"student-{steps}": ("four-step" if steps == 4 else "one-step", steps) for steps in (4, 2, 1)}
+    if exact:
+        few |= {"scm-2": ("scm", 2), "scm-1": ("scm", 1)}
     return [
         Contender(f"teacher-25{ending}", {"num_inference_steps": STEPS, **guided}, 2 * STEPS, exact),
         Contender(f"teacher-4{ending}", {"num_inference_steps": 4, **guided}, 8, exact),
         *(
-            Contender(f"student-{steps}{ending}", {"num_inference_steps": steps}, steps, (FewStep(few[steps]), *exact))
-            for steps in few
+            Contender(f"{name}{ending}", {"num_inference_steps": steps}, steps, (FewStep(student), *exact))
+            for name, (student, steps) in few.items()
         ),
         Contender(f"agd-25{ending}", {"num_inference_steps": STEPS, **guided}, STEPS, (*exact, GuidanceAdapter())),
     ]

@@ -29,6 +29,7 @@ SHOWN: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "mini-sd/guidance": ("fewstep", ("teacher-25", "agd-25"), PICTURES),
     "mini-dit/four-step": ("fewstep", ("teacher-25-dit", "teacher-4-dit", "student-4-dit"), PICTURES),
     "mini-dit/one-step": ("fewstep", ("teacher-25-dit", "teacher-4-dit", "student-2-dit", "student-1-dit"), PICTURES),
+    "mini-dit/scm": ("fewstep", ("teacher-25-dit", "teacher-4-dit", "scm-2-dit", "scm-1-dit"), PICTURES),
     "mini-dit/guidance": ("fewstep", ("teacher-25-dit", "agd-25-dit"), PICTURES),
     "mini-wan/rollout": ("moving", ("mini-wan", "rollout", "rollout-student"), CLIPS),
     "mini-wan/buffer": ("moving", ("buffer-16", "buffer-4", "buffer-student"), CLIPS),

@@ -17,6 +17,7 @@ Negative = Annotated[str, typer.Option(help="What should not be there.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
 Student = Annotated[
-    str | None, typer.Option(help="Draw with a few-step student: four-step, one-step, or a folder of fastdiff distill.")
+    str | None,
+    typer.Option(help="Draw with a few-step student: four-step, one-step, scm, or a folder of fastdiff distill."),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")]

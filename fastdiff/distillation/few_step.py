@@ -17,7 +17,7 @@ from fastdiff.distillation import shelf, students
 from fastdiff.distillation.diffusers_networks import LORA_FILE
 from fastdiff.hooks import Hooks
 
-STUDENTS = ("four-step", "one-step")
+STUDENTS = ("four-step", "one-step", "scm")
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class FewStep(Acceleration):
     """Draw with a few-step student. Lossy.
 
     Args:
-        source: a folder that `fastdiff distill` wrote, or the name of an embedded student: "four-step", or "one-step",
-            which takes one step or two.
+        source: a folder that `fastdiff distill` wrote, or the name of an embedded student: "four-step"; "one-step",
+            which takes one step or two; and "scm", which does too, of the transformer alone.
 
     The student's LoRA is added to the weights (a copy of those it changes is kept and put back), its scheduler stands
     in for the pipeline's, and a call that names no steps, or a number the student knows, is given its timesteps.
