@@ -18,6 +18,6 @@ Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
 Student = Annotated[
     str | None,
-    typer.Option(help="Draw with a few-step student: four-step, one-step, scm, or a folder of fastdiff distill."),
+    typer.Option(help="A few-step student: four-step, one-step, scm, or a folder of fastdiff distill."),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the measurements to this file.")]
