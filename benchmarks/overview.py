@@ -83,9 +83,10 @@ LINES = (
     ),
     Line(
         "`TiledInference`, 16 tiles, against half-overlapping",
-        "training_free",
+        "tiles",
         "tiles-moving-large",
-        _said("border", "seam"),
+        _said("border", "4 tiles: gradients at borders over those beside them"),
+        priced="tiles-moving",
     ),
     Line("warm starts in `Stream`", "training_free", "warm-stream", PSNR),
     Line(

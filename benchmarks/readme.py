@@ -110,7 +110,8 @@ def _section(name: str) -> str:
         "moving": ("nfe", *moving_detector.ATTRIBUTES, "track_error_px", "permanence", "flicker"),
         "drift": ("attribute", "attribute_change", "track_error_px", "permanence", "flicker"),
         "switch": ("new_colour", "old_colour", "attribute"),
-        "training_free": ("nfe", "border", "attribute", "rows_per_frame", "place_error", "gain", "psnr"),
+        "tiles": ("nfe", "border", "attribute", "attribute_difference"),
+        "training_free": ("nfe", "attribute", "rows_per_frame", "place_error", "gain", "psnr"),
         "batch": ("max_abs_difference", "times_undisturbed", "lost", "duplicated", "different", "redone"),
     }
     found = sorted(RESULTS.glob(f"{name}.json")) or sorted(RESULTS.glob(f"{name}-*.json"))

@@ -1,13 +1,6 @@
 """`bench training_free`: what can be had on the embedded model without training anything.
 
 Rows:
-    tiles-overlapping, tiles-moving, tiles-fixed: pictures enlarged twice each way from the model's own size, the second
-        half of 25 steps on tiles of that size: MultiDiffusion's half-overlapping ones, `TiledInference` (its grid moves
-        and wraps), and a grid that stands still. `nfe` counts denoiser calls for a picture. `border` is the mean
-        gradient across the tiles' borders over that of the lines beside them: 1 is no seam. `attribute` is of the
-        picture made small again, `attribute_difference` to `tiles-overlapping`, paired; `native`, the small pictures
-        themselves, is what they were enlarged from.
-    tiles-overlapping-large, tiles-moving-large: the same four times each way, for the time.
     shift-32, shift-40, shift-48, shift-64: `NoiseShift` calibrated at that size: `gain` is the held-out share of the
         one-step error taken away, `accepted` whether it was more than two standard errors.
     cold-stream, warm-stream, warm-stream-loose, warm-stream-unmoved: a moving clip through the stream of 4 steps, and
@@ -31,28 +24,33 @@ import torch
 from torch import Tensor
 
 import fastdiff
+from benchmarks.embedded import (
+    GUIDANCE,
+    NAMES,
+    SEED,
+    STEPS,
+    attributes_right,
+    draw,
+    object_scenes,
+    time_against_first,
+)
 from benchmarks.record import Record, Row
 from fastdiff.miniature import detector, render, world
 from fastdiff.quality import Interval, mean_interval, paired_difference, psnr
-from fastdiff.runtime.tiles import TiledInference, tile_starts
 from fastdiff.sampling.interval import GuidanceInterval
 from fastdiff.sampling.noise_shift import Fit, calibrate
 from fastdiff.sampling.steps import fit
 from fastdiff.sampling.warm_start import WarmStart
 from fastdiff_app.demo import Demo, attributes, demo
 from fastdiff_app.engine import load_pipeline
-from fastdiff_app.methods import to_bytes
 from fastdiff_pipelines import Stream
 from fastdiff_pipelines.frames import Codec
 
-NAMES = ("background", "colour", "position", "shape", "size")
-STEPS, GUIDANCE = 25, 5.0
-SEED = 5_000_011
 _STREAM: dict[str, Any] = {"steps": 4, "strength": 0.5, "height": 64, "width": 64}
 INTERVALS = ((0.2, 0.85), (0.0, 0.85), (0.35, 1.0), (0.5, 1.0))
 
 
-def run(full: bool = False, only: Sequence[str] = ("tiles", "shift", "warm", "interval", "steps")) -> Record:
+def run(full: bool = False, only: Sequence[str] = ("shift", "warm", "interval", "steps")) -> Record:
     """Runs the benchmark.
 
     Args:
@@ -60,7 +58,6 @@ def run(full: bool = False, only: Sequence[str] = ("tiles", "shift", "warm", "in
         only: which parts.
     """
     parts: dict[str, Callable[[int], list[Row]]] = {
-        "tiles": lambda times: measure_tiles(24 * times, large=2 * times, seams=128 * times),
         "shift": lambda times: measure_noise_shift(96 * times),
         "warm": lambda times: measure_warm_start(3 * times),
         "interval": lambda times: measure_guidance_interval(96 * times),
@@ -70,125 +67,6 @@ def run(full: bool = False, only: Sequence[str] = ("tiles", "shift", "warm", "in
     for name in only:
         record.rows += parts[name](4 if full else 1)
     return record.finish()
-
-
-def measure_tiles(pictures: int, large: int = 2, seams: int = 0, steps: int = STEPS, pipe: Any = None) -> list[Row]:
-    """Rows `native` and `tiles-...`.
-
-    Args:
-        pictures: to compare the grids on.
-        large: pictures made four times larger each way.
-        seams: pictures on the moving grid, whose borders need many; as many as `pictures` at the least.
-    """
-    pipe = pipe or load_pipeline(None, "text-to-image")
-    seams = max(seams, pictures)
-    scenes = _scenes(seams)
-    small, _ = _drawn(pipe, scenes, steps=steps)
-    rows = [Row("native", quality={"attribute": mean_interval(_attribute(small, scenes))})]
-    redraw = _image_to_image(pipe)
-    found = _tiled(redraw, scenes, small, 2, {"overlapping": pictures, "moving": seams, "fixed": pictures}, steps)
-    first = _attribute(found["overlapping"][0], scenes[:pictures])
-    for made, row in found.values():
-        attribute = _attribute(made[:pictures], scenes[:pictures])
-        row.quality["attribute"] = mean_interval(attribute)
-        row.quality["attribute_difference"] = paired_difference(attribute, first)
-    grown = _tiled(redraw, scenes, small, 4, {"overlapping": large, "moving": large}, steps)
-    for _, row in grown.values():
-        row.method += "-large"
-    return rows + [row for some in (found, grown) for _, row in some.values()]
-
-
-def _tiled(
-    redraw: Any, scenes: list[world.Scene], small: Tensor, times: int, grids: dict[str, int], steps: int
-) -> dict[str, tuple[Tensor, Row]]:
-    """Enlarged pictures [N, 3, H, W] of each grid and its row; one picture a call, as a user with little memory has it.
-
-    The grids take turns picture by picture, and times are of the pictures that all of them make.
-    """
-    size = small.shape[-1] * times
-    enlarged = torch.nn.functional.interpolate(small, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    made: dict[str, list[Tensor]] = {grid: [] for grid in grids}
-    borders: dict[str, list[tuple[list[int], list[int]]]] = {grid: [] for grid in grids}
-    taken: dict[str, list[float]] = {grid: [] for grid in grids}
-    calls: dict[str, int] = {}
-    counted: list[int] = []
-    inner = redraw.unet.conv_in.register_forward_pre_hook(lambda module, args: counted.append(1))
-    for place in range(max(grids.values())):
-        for grid in (grid for grid, count in grids.items() if place < count):
-            # a seed of its own for every picture: borders at the same places in all would measure what is in them
-            member = TiledInference(grid=grid, seed=place)
-            with fastdiff.accelerate(redraw, member):
-                counted.clear()
-                start = perf_counter()
-                picture = redraw(
-                    world.caption(scenes[place]),
-                    image=enlarged[place : place + 1],
-                    strength=0.5,
-                    num_inference_steps=steps,
-                    guidance_scale=GUIDANCE,
-                    generator=torch.Generator().manual_seed(SEED + place),
-                    output_type="pt",
-                ).images
-                milliseconds = (perf_counter() - start) * 1000
-            calls[grid] = len(counted)
-            made[grid].append(picture)
-            borders[grid].append(_borders(redraw, member, size))
-            if place < min(grids.values()):
-                taken[grid].append(milliseconds)
-    inner.remove()
-    found = {}
-    for grid in grids:
-        row = Row.timed(f"tiles-{grid}", taken[grid], nfe=calls[grid])
-        pictures = torch.cat(made[grid])
-        row.quality["border"] = border_ratio(pictures, borders[grid], redraw.vae_scale_factor)
-        found[grid] = pictures, row
-    _against_first([row for _, row in found.values()])
-    return found
-
-
-def _against_first(rows: list[Row]) -> None:
-    for row in rows:
-        row.ratio = rows[0].ms_median / row.ms_median if rows[0].ms_median and row.ms_median else None
-
-
-def _borders(pipe: Any, member: TiledInference, size: int) -> tuple[list[int], list[int]]:
-    """Rows and columns of pixels at which a tile of the last step begins."""
-    scale = pipe.vae_scale_factor
-    side, told = pipe.unet.config.sample_size, float(pipe.scheduler.timesteps[-1])
-    lines = [
-        sorted({start * scale for start in tile_starts(member, side, size // scale, told, axis)} - {0})
-        for axis in ("rows", "columns")
-    ]
-    return lines[0], lines[1]
-
-
-def border_ratio(
-    pictures: Tensor, borders: Sequence[tuple[list[int], list[int]]], cell: int = 4, near: int = 2, far: int = 4
-) -> Interval:
-    """Mean gradient across lines of borders, over that across lines `near` to `far` latent cells beside them.
-
-    Neighbouring lines see much the same, so what is in the picture cancels and what a border adds is left. Whole cells
-    beside, for a decoder draws steps between its cells that lines within them do not have.
-
-    Args:
-        pictures: [N, C, H, W].
-        borders: of each picture, the rows and columns of pixels before which a tile ends.
-        cell: pixels of a latent cell.
-    """
-    here, there = [], []
-    for picture, own in zip(pictures, borders, strict=True):
-        at, beside = [], []
-        for axis, lines in zip((-2, -1), own, strict=True):
-            steps = picture.diff(dim=axis).abs().mean(dim=(0, -1 if axis == -2 else -2))  # [lines]
-            for line in lines:
-                around = [line + side * cell * away for away in range(near, far + 1) for side in (-1, 1)]
-                at.append(steps[line - 1])
-                beside.append(steps[[one - 1 for one in around if 0 < one <= len(steps)]].mean())
-        here.append(float(torch.stack(at).mean()))
-        there.append(float(torch.stack(beside).mean()))
-    difference, level = mean_interval(np.array(here) - np.array(there)), float(np.mean(there))
-    low, value, high = (1 + side / level for side in (difference.low, difference.value, difference.high))
-    return Interval(value, low, high, difference.n)
 
 
 def measure_noise_shift(
@@ -234,7 +112,7 @@ def measure_warm_start(clips: int, frames: int = 24, pipe: Any = None) -> list[R
         for made, row in found:
             row.method += ending
             row.quality["psnr"] = mean_interval(psnr(made, cold).clamp(max=100).numpy())
-        _against_first([row for _, row in found])
+        time_against_first([row for _, row in found])
         rows += [row for _, row in found]
     return rows
 
@@ -293,8 +171,8 @@ def _shown(shot: Demo, image: np.ndarray) -> int:
 def measure_guidance_interval(pictures: int, pipe: Any = None) -> list[Row]:
     """Rows `guided` and `interval-LOW-HIGH`."""
     pipe = pipe or load_pipeline(None, "text-to-image")
-    scenes, batch = _scenes(pictures), 16
-    _drawn(pipe, scenes[:batch])  # warm caches
+    scenes, batch = object_scenes(pictures), 16
+    draw(pipe, scenes[:batch])  # warm caches
     ways: dict[str, Any] = {"guided": []}
     ways |= {f"interval-{low:g}-{high:g}": GuidanceInterval(low, high) for low, high in INTERVALS}
     taken: dict[str, list[float]] = {name: [] for name in ways}
@@ -303,25 +181,25 @@ def measure_guidance_interval(pictures: int, pipe: Any = None) -> list[Row]:
     for first in range(0, pictures, batch):
         for name, member in ways.items():
             with fastdiff.accelerate(pipe, member) as handle:
-                drawn, milliseconds = _drawn(pipe, scenes[first : first + batch], seed=SEED + first)
+                drawn, milliseconds = draw(pipe, scenes[first : first + batch], seed=SEED + first)
                 spared[name] = round(sum(STEPS * row.accelerated / row.seen for row in handle.report().rows))
             made[name].append(drawn)
             taken[name] += milliseconds
-    right = {name: _attribute(torch.cat(drawn), scenes) for name, drawn in made.items()}
+    right = {name: attributes_right(torch.cat(drawn), scenes) for name, drawn in made.items()}
     rows = []
     for name in ways:
         row = Row.timed(name, taken[name], nfe=2 * STEPS - spared[name])
         row.quality["attribute"] = mean_interval(right[name])
         row.quality["attribute_difference"] = paired_difference(right[name], right["guided"])
         rows.append(row)
-    _against_first(rows)
+    time_against_first(rows)
     return rows
 
 
 def measure_steps(pictures: int, budgets: Sequence[int] = (4, 6, 8, 12), pipe: Any = None) -> list[Row]:
     """Rows `steps-N` or `fitted-N`, whichever the fit decided for, half of the pictures held out."""
     pipe = pipe or load_pipeline(None, "text-to-image")
-    prompts = [world.caption(scene) for scene in _scenes(pictures)]
+    prompts = [world.caption(scene) for scene in object_scenes(pictures)]
     rows = []
     for trial in fit(pipe, prompts, budgets, guidance_scale=GUIDANCE):
         steps, times = trial.member.steps, trial.member.timesteps
@@ -329,44 +207,5 @@ def measure_steps(pictures: int, budgets: Sequence[int] = (4, 6, 8, 12), pipe: A
         row.quality = {"psnr": trial.psnr, "gain_db": trial.gain}
         row.note = f"timesteps {', '.join(f'{time:g}' for time in times)}" if times else "the scheduler's own timesteps"
         rows.append(row)
-    _against_first(rows[::-1])
+    time_against_first(rows[::-1])
     return rows
-
-
-def _scenes(count: int) -> list[world.Scene]:
-    rng = np.random.default_rng(SEED)
-    return [world.object_scene(rng) for _ in range(count)]
-
-
-def _drawn(
-    pipe: Any, scenes: list[world.Scene], batch: int = 16, steps: int = STEPS, seed: int = SEED
-) -> tuple[Tensor, list[float]]:
-    """Pictures [N, 3, H, W] in 0..1 at the model's own size, and milliseconds for each; picture i has seed + i."""
-    made, taken = [], []
-    for first in range(0, len(scenes), batch):
-        some = scenes[first : first + batch]
-        noise = [torch.Generator().manual_seed(seed + first + row) for row in range(len(some))]
-        start = perf_counter()
-        words = [world.caption(scene) for scene in some]
-        pictures = pipe(
-            words, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=noise, output_type="pt"
-        ).images
-        taken += [(perf_counter() - start) * 1000 / len(some)] * len(some)
-        made.append(pictures.cpu())
-    return torch.cat(made), taken
-
-
-def _attribute(pictures: Tensor, scenes: list[world.Scene]) -> np.ndarray:
-    """Share of attributes that are right, [N]; larger pictures are read at the detector's size."""
-    images = [to_bytes(picture.permute(1, 2, 0).float().numpy()) for picture in pictures]
-    scores = detector.score(images, scenes)
-    return np.nanmean(np.stack([scores[name] for name in NAMES]), axis=0)
-
-
-def _image_to_image(pipe: Any) -> Any:
-    """The same parts as an image-to-image pipeline."""
-    import diffusers
-
-    made: Any = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
-    made.set_progress_bar_config(disable=True)
-    return made

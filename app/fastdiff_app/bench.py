@@ -16,6 +16,7 @@ _SUPPORT = (
     "card",
     "chromium",
     "contenders",
+    "embedded",
     "full_size",
     "gpu_cache",
     "kept",
