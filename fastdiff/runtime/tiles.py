@@ -1,4 +1,4 @@
-"""Pictures larger than a denoiser was trained for, in tiles that leave no seam and cost nothing twice.
+"""Pictures larger than a denoiser was trained for, in tiles that leave hardly a seam and cost nothing twice.
 
 After the "fast seamless tiled diffusion" of Any-Size-Diffusion (https://arxiv.org/abs/2308.16582): tiles that do not
 overlap, on a grid that moves from step to step, so that no place is a border for long. There, a moved grid leaves
