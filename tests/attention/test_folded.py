@@ -149,3 +149,14 @@ def test_only_pipelines_without_t5_and_with_the_usual_processors_fold(pipe):
     pipe.transformer.set_attn_processor(FoldedAttention())
     assert not FoldedText().supports(pipe), "another processor has been put in: its tokens stay as they are"
     assert not FoldedText().supports(fastdiff.load())
+
+
+@torch.no_grad()
+def test_words_written_into_the_same_tensor_are_seen(pipe):
+    given = {name: value.float() for name, value in call(24).items()}
+    changed = torch.randn(2, 24 + ZEROS, WIDTH, generator=torch.Generator().manual_seed(5))
+    expected = pipe.transformer(**{**given, "encoder_hidden_states": changed}).sample
+    with fastdiff.accelerate(pipe, FoldedText()) as handle, handle.request():
+        pipe.transformer(**given)
+        given["encoder_hidden_states"].copy_(changed)
+        torch.testing.assert_close(pipe.transformer(**given).sample, expected, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from benchmarks import tiles
-from fastdiff.miniature import untrained
 
 
 def _pictures(seam: float) -> torch.Tensor:
@@ -39,13 +38,6 @@ def test_steps_the_network_draws_in_every_cell_are_no_seam():
             pictures[..., start:] += rise
     ratio = tiles.border_ratio(pictures, [([], [64])] * 6, period=16)
     assert ratio.value == pytest.approx(1, abs=0.05)
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    made: Any = untrained(0)
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 @pytest.mark.slow

@@ -5,14 +5,6 @@ from typing import Any
 import pytest
 
 from benchmarks import training_free
-from fastdiff.miniature import untrained
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    made: Any = untrained(0)
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 @pytest.mark.slow
